@@ -1,0 +1,57 @@
+"""taylor_patch: faster attention for big images and long videos in ComfyUI.
+
+This module imports nothing: every Python start in the environment runs it (see taylor_patch_startup.pth), and
+while TAYLOR_PATCH is unset that must cost next to nothing. Public names are loaded on first use.
+"""
+
+__version__ = "0.1.0"
+
+# Public name -> module that defines it.
+_PUBLIC = {
+    "AttentionCall": "taylor_patch.call",
+    "Backend": "taylor_patch.backends.base",
+    "TaylorPatchError": "taylor_patch.errors",
+    "TokenGrid": "taylor_patch.call",
+    "attention": "taylor_patch.api",
+    "hookimpl": "taylor_patch.hookspecs",
+    "install": "taylor_patch.api",
+    "status": "taylor_patch.api",
+    "uninstall": "taylor_patch.api",
+}
+
+__all__ = [
+    "AttentionCall",
+    "Backend",
+    "TaylorPatchError",
+    "TokenGrid",
+    "attention",
+    "hookimpl",
+    "install",
+    "status",
+    "uninstall",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'taylor_patch' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_PUBLIC[name]), name)
+
+
+def _startup() -> None:
+    """Entry point of the start-up files: do nothing unless TAYLOR_PATCH asks for it, and never raise."""
+    import os
+
+    if os.environ.get("TAYLOR_PATCH", "") in ("", "0"):
+        return
+    try:
+        from taylor_patch.startup import activate
+
+        activate()
+    except (Exception, SystemExit) as error:  # SystemExit here would end the interpreter
+        import sys
+
+        print(f"taylor_patch: off: start-up failed ({type(error).__name__}: {error}). "
+              "ComfyUI runs as without it; `taylor-patch doctor` says more.", file=sys.stderr)

@@ -1,0 +1,94 @@
+"""What a backend declares and does. Third parties subclass Backend; docs/writing-a-backend.md is the guide."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from taylor_patch.call import AttentionCall
+
+FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32})
+
+
+class Fallback(Exception):
+    """Raised by run() when a backend finds during the work that its result would be wrong; the text is the reason.
+
+    The caller then answers with exact attention on the same inputs.
+    """
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """Options of a backend that has none."""
+
+
+class Backend:
+    """One way to compute attention.
+
+    Class attributes are the declaration; `reasons_against` reads them. Instances are made with the options of
+    `[backends.NAME]` and are replaced, never changed, when the configuration changes.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str] = ""
+    priority: ClassVar[int] = 0
+    """`auto` tries higher priorities first."""
+    devices: ClassVar[frozenset[str]] = frozenset({"cpu", "cuda"})
+    dtypes: ClassVar[frozenset[torch.dtype]] = FLOATS
+    head_dims: ClassVar[range] = range(1, 257)
+    key_masks: ClassVar[bool] = True
+    gqa: ClassVar[bool] = True
+    cross_attention: ClassVar[bool] = True
+    needs_grid: ClassVar[bool] = False
+    options_type: ClassVar[type] = NoOptions
+
+    def __init__(self, options: Any = None) -> None:
+        self.options = self.options_type() if options is None else options
+
+    def unavailable(self) -> tuple[str, ...]:
+        """Why this backend can run no call at all here (a package that is missing, say); empty when it can."""
+        return ()
+
+    def crossover_tokens(self, device: torch.device) -> int | None:
+        """Tokens from which `auto` may use this backend on `device`, as measured; None where nobody measured."""
+        return None
+
+    def reasons_against(self, call: AttentionCall) -> tuple[str, ...]:
+        """Every reason why this backend cannot run `call`; empty when it can. Reads shapes only."""
+        batch, heads, n_q, head_dim = call.q.shape
+        reasons = list(self.unavailable())
+        if call.q.device.type not in self.devices:
+            reasons.append(f"device {call.q.device.type}")
+        if call.q.dtype not in self.dtypes or call.k.dtype != call.q.dtype or call.v.dtype != call.q.dtype:
+            reasons.append(f"dtype {str(call.q.dtype).removeprefix('torch.')}")
+        if head_dim not in self.head_dims:
+            reasons.append(f"head_dim {head_dim} outside {self.head_dims.start} to {self.head_dims.stop - 1}")
+        if call.row_mask:
+            reasons.append("mask depends on the query row")
+        if call.key_mask is not None and not self.key_masks:
+            reasons.append("key mask")
+        if heads != call.k.shape[1] and not self.gqa:
+            reasons.append("grouped-query attention")
+        if not call.self_attention and not self.cross_attention:
+            reasons.append("cross-attention")
+        if self.needs_grid and call.grid is None:
+            reasons.append(call.grid_reason)
+        if 0 in (batch, n_q, call.k.shape[2]):
+            reasons.append("empty input")
+        return tuple(reasons)
+
+    def workspace_nbytes(self, call: AttentionCall) -> int:
+        """Bytes of temporary memory beside inputs and output, from shapes only."""
+        raise NotImplementedError(f"{self.name} does not state its workspace")
+
+    def run(self, call: AttentionCall) -> Tensor:
+        """Attention of `call` as [B, H, N_q, D] in q's dtype. Raises Fallback instead of returning a bad result."""
+        raise NotImplementedError(f"{self.name} does not compute")
+
+
+def expand_kv(x: Tensor, heads: int) -> Tensor:
+    """[B, H_kv, N, D] -> [B, heads, N, D]: each key head serves heads / H_kv consecutive query heads."""
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)

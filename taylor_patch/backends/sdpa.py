@@ -1,0 +1,29 @@
+"""`sdpa`: exact attention. Inside ComfyUI the router answers with the original function; this is the stand-alone form."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from taylor_patch.backends.base import Backend, expand_kv
+from taylor_patch.call import AttentionCall
+
+
+class Sdpa(Backend):
+    """Exact attention by torch.nn.functional.scaled_dot_product_attention."""
+
+    name = "sdpa"
+    summary = "exact attention; in ComfyUI the function that ComfyUI itself chose"
+    devices = frozenset({"cpu", "cuda", "mps", "xpu"})
+    head_dims = range(1, 1 << 16)
+
+    def workspace_nbytes(self, call: AttentionCall) -> int:
+        """Zero: what the original needs is in ComfyUI's own estimate already."""
+        return 0
+
+    def run(self, call: AttentionCall) -> Tensor:
+        """See Backend.run."""
+        heads = call.q.shape[1]
+        mask = None if call.key_mask is None else call.key_mask[:, None, None, :].to(call.q.dtype)
+        return F.scaled_dot_product_attention(call.q, expand_kv(call.k, heads), expand_kv(call.v, heads),
+                                              attn_mask=mask, scale=call.scale)

@@ -1,0 +1,124 @@
+"""AttentionCall: one normalised view of an attention call, whatever layout it came in. Views only, no copies."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TokenGrid:
+    """Where the image tokens of a sequence lie: tokens [start, start + t*h*w) are a row-major t x h x w grid."""
+
+    t: int
+    h: int
+    w: int
+    start: int = 0
+
+    @property
+    def tokens(self) -> int:
+        return self.t * self.h * self.w
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """What a backend sees.
+
+    q: [B, H, N_q, D]; k, v: [B, H_kv, N_kv, D], fp16, bf16 or fp32, any strides, H a multiple of H_kv.
+    key_mask: [B or 1, N_kv] additive float32 (-inf hides a key), or None.
+    scale: factor of q.k before the softmax (1/sqrt(D) unless the caller gave one).
+    grid: where the image tokens are, or None where that is not known; grid_reason then says why.
+    step, sigma, block: position in the sampling run, None outside one.
+    A backend returns [B, H, N_q, D] in q's dtype and leaves q, k, v as they are.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scale: float
+    key_mask: Tensor | None = None
+    row_mask: bool = False
+    grid: TokenGrid | None = None
+    grid_reason: str = "the token grid is not known"
+    step: int | None = None
+    sigma: float | None = None
+    block: int | None = None
+    model: str | None = None
+
+    @property
+    def self_attention(self) -> bool:
+        return self.q.shape[2] == self.k.shape[2]
+
+    @property
+    def signature(self) -> tuple[Any, ...]:
+        """Everything that a routing decision may depend on besides step, sigma and block."""
+        return (tuple(self.q.shape), tuple(self.k.shape), self.q.dtype, self.q.device,
+                None if self.key_mask is None else tuple(self.key_mask.shape), self.row_mask, self.grid, self.grid_reason, self.model)
+
+
+class Unsupported(Exception):
+    """The call has a form that no backend handles; the original function answers it. The text is the reason."""
+
+
+def split_heads(x: Tensor, heads: int, skip_reshape: bool, name: str) -> Tensor:
+    """[B, N, heads*D] (or [B, heads, N, D] with skip_reshape) -> [B, heads, N, D] view.
+
+    4-D input without skip_reshape is [B, N, heads, D], as SD3 passes it.
+    """
+    if skip_reshape:
+        if x.dim() != 4:
+            raise Unsupported(f"{name} is {x.dim()}-D with skip_reshape")
+        return x
+    if x.dim() == 4:
+        return x.transpose(1, 2)
+    if x.dim() != 3 or x.shape[-1] % heads:
+        raise Unsupported(f"{name} has an unknown layout")
+    return x.unflatten(-1, (heads, x.shape[-1] // heads)).transpose(1, 2)
+
+
+def key_mask(mask: Tensor, batch: int, n_kv: int) -> Tensor | None:
+    """A mask of ComfyUI as [B or 1, N_kv] additive float32, or None where it depends on the query row or head.
+
+    mask: bool (True = keep) or additive; 2-D [N_q or 1, N_kv], 3-D [B or 1, N_q or 1, N_kv] or 4-D [B or 1, H or 1, N_q or 1,
+    N_kv] (attention_pytorch of ComfyUI 0.33.0: 2-D and 3-D masks get leading dimensions).
+    """
+    if mask.dim() not in (2, 3, 4) or mask.shape[-1] != n_kv or mask.shape[-2] != 1:
+        return None
+    if mask.dim() == 4 and mask.shape[1] != 1:
+        return None
+    flat = mask.reshape(-1, n_kv)
+    if flat.shape[0] not in (1, batch):
+        return None
+    if flat.dtype == torch.bool:
+        return torch.zeros(flat.shape, dtype=torch.float32, device=flat.device).masked_fill(~flat, -math.inf)
+    return flat.float()
+
+
+def from_comfyui(q: Tensor, k: Tensor, v: Tensor, heads: int, *, mask: Tensor | None = None, skip_reshape: bool = False,
+                 scale: float | None = None, enable_gqa: bool = False) -> AttentionCall:
+    """AttentionCall of the arguments of ComfyUI's optimized_attention. Raises Unsupported with the reason."""
+    q4 = split_heads(q, heads, skip_reshape, "q")
+    head_dim = q4.shape[-1]
+    heads_kv = heads
+    if enable_gqa:
+        heads_kv = k.shape[1] if skip_reshape else k.shape[-1] // head_dim if k.dim() == 3 else k.shape[2]
+    k4 = split_heads(k, heads_kv, skip_reshape, "k")
+    v4 = split_heads(v, heads_kv, skip_reshape, "v")
+    if q4.shape[1] != heads or k4.shape[:3] != v4.shape[:3] or k4.shape[-1] != head_dim or k4.shape[0] != q4.shape[0]:
+        raise Unsupported("q, k and v do not fit together")
+    if v4.shape[-1] != head_dim:
+        raise Unsupported("head_dim of v differs from that of q")
+    if heads % k4.shape[1]:
+        raise Unsupported("the number of heads is not a multiple of the key heads")
+    keys = None if mask is None else key_mask(mask, q4.shape[0], k4.shape[2])
+    return AttentionCall(q4, k4, v4, scale=head_dim**-0.5 if scale is None else float(scale), key_mask=keys,
+                         row_mask=mask is not None and keys is None)
+
+
+def merge_heads(out: Tensor) -> Tensor:
+    """[B, H, N, D] -> [B, N, H*D], the layout that ComfyUI's models expect."""
+    return out.transpose(1, 2).flatten(2)

@@ -1,0 +1,378 @@
+"""Configuration: layers of TOML and environment variables, checked and frozen.
+
+Order, first wins: command line > TAYLOR_PATCH_* variables > the file named by TAYLOR_PATCH_CONFIG (replaces the search) >
+./taylor_patch.toml > ComfyUI's user folder > the user's configuration folder > defaults.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from taylor_patch.errors import ConfigError, nearest
+from taylor_patch.rules import CONDITIONS, Rule, parse_conditions
+from taylor_patch.toml_location import locate
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+FILE_NAME = "taylor_patch.toml"
+QUALITIES = {"lossless": 0.02, "balanced": 0.05, "fast": 0.10}
+"""Name -> relative L2 error aimed at per attention call."""
+
+# TAYLOR_PATCH_<NAME> variables that are not configuration keys.
+RESERVED_VARIABLES = {"TAYLOR_PATCH_CONFIG", "TAYLOR_PATCH_PLUGINS", "TAYLOR_PATCH_STRICT"}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The table [taylor_patch]."""
+
+    enabled: bool = True
+    backend: str = "auto"
+    quality: str | float = "balanced"
+    min_tokens: int | Literal["auto"] = "auto"
+    start_percent: float = 0.0
+    log: Literal["off", "run", "step", "call"] = "run"
+
+    def problems(self) -> dict[str, str]:
+        """Key -> what is wrong with its value; empty when all is well."""
+        found = {}
+        if isinstance(self.quality, str) and self.quality not in QUALITIES:
+            found["quality"] = (f'"{self.quality}" is not one of {", ".join(QUALITIES)} or a number.'
+                                + nearest(self.quality, QUALITIES))
+        elif not isinstance(self.quality, str) and not 0 < self.quality <= 1:
+            found["quality"] = f"{self.quality} is outside 0 to 1 (0 excluded)"
+        if self.min_tokens != "auto" and self.min_tokens < 1:
+            found["min_tokens"] = f"{self.min_tokens} is below 1"
+        if not 0 <= self.start_percent <= 1:
+            found["start_percent"] = f"{self.start_percent} is outside 0 to 1"
+        return found
+
+
+@dataclass(frozen=True)
+class PluginSettings:
+    """The table [plugins]."""
+
+    allow: tuple[str, ...] = ("*",)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One source of settings: where it comes from and the values it gives."""
+
+    origin: str
+    data: Mapping[str, Any]
+    text: str = ""
+
+    def place(self, *path: str | int) -> str:
+        """file:line:column of a key for files, the name of the source for everything else."""
+        if not self.text:
+            return self.origin
+        line, column = locate(self.text, path)
+        return f"{self.origin}:{line}:{column}"
+
+
+@dataclass(frozen=True)
+class Config:
+    """The effective configuration: frozen, comparable, swapped as a whole."""
+
+    settings: Settings = Settings()
+    plugins: PluginSettings = PluginSettings()
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Backend name -> its options object (options_type)."""
+    rules: tuple[Rule, ...] = ()
+    layers: tuple[Layer, ...] = field(default=(), compare=False)
+
+    @property
+    def target_error(self) -> float:
+        """Relative L2 error aimed at per attention call."""
+        return quality_value(self.settings.quality)
+
+
+def quality_value(quality: str | float) -> float:
+    """The relative L2 error that a quality name or number stands for."""
+    return QUALITIES[quality] if isinstance(quality, str) else float(quality)
+
+
+def files(environ: Mapping[str, str] = os.environ, comfyui_user: Path | None = None) -> list[Path]:
+    """Configuration files that exist, strongest first. Raises ConfigError when TAYLOR_PATCH_CONFIG names none."""
+    if named := environ.get("TAYLOR_PATCH_CONFIG"):
+        if not Path(named).is_file():
+            raise ConfigError(f"TAYLOR_PATCH_CONFIG: {named} is not a file. Correct the variable or unset it.")
+        return [Path(named)]
+    import platformdirs
+
+    places = [Path.cwd(), comfyui_user, Path(platformdirs.user_config_dir("taylor_patch", appauthor=False))]
+    return [place / FILE_NAME for place in places if place is not None and (place / FILE_NAME).is_file()]
+
+
+def stamp(paths: Iterable[Path]) -> tuple[tuple[str, int, int], ...]:
+    """What tells whether any of the files changed: path, mtime_ns and size of each."""
+    found = []
+    for path in paths:
+        try:
+            stat = path.stat()
+        except OSError:
+            continue
+        found.append((str(path), stat.st_mtime_ns, stat.st_size))
+    return tuple(found)
+
+
+def file_layer(path: Path) -> Layer:
+    """Read one TOML file. Raises ConfigError when it cannot be read or is not TOML."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error}). Correct or remove the file.") from error
+    try:
+        return Layer(str(path), tomllib.loads(text), text)
+    except tomllib.TOMLDecodeError as error:
+        import re
+
+        place = re.search(r"line (\d+), column (\d+)", str(error))
+        line, column = place.groups() if place else ("1", "1")
+        raise ConfigError(f"{path}:{line}:{column}: not valid TOML: {str(error).split(' (at')[0]}") from error
+
+
+def environment_layer(environ: Mapping[str, str] = os.environ) -> Layer:
+    """TAYLOR_PATCH_BACKEND=..., TAYLOR_PATCH_BACKENDS__NEAR_FAR__DENSITY=...; TAYLOR_PATCH itself may name a backend."""
+    data: dict[str, Any] = {}
+    switch = environ.get("TAYLOR_PATCH", "")
+    if switch not in ("", "0", "1"):
+        data["taylor_patch"] = {"backend": switch}
+    for name, raw in sorted(environ.items()):
+        if not name.startswith("TAYLOR_PATCH_") or name in RESERVED_VARIABLES:
+            continue
+        path = name.removeprefix("TAYLOR_PATCH_").lower().split("__")
+        if len(path) == 1:
+            path = ["taylor_patch", *path]
+        elif path[0] == "backends" and len(path) == 3:
+            path[2] = "P" if path[2] == "p" else "max_feature_dim_R" if path[2] == "max_feature_dim_r" else path[2]
+        table = data
+        for part in path[:-1]:
+            table = table.setdefault(part, {})
+        table[path[-1]] = _scalar(raw)
+    return Layer("environment", data)
+
+
+def _scalar(raw: str) -> Any:
+    """A variable's text as a TOML value, or as it is where it is none (near_far needs no quotes)."""
+    try:
+        return tomllib.loads(f"x = {raw}")["x"]
+    except tomllib.TOMLDecodeError:
+        return raw
+
+
+def load(option_types: Mapping[str, type], overrides: Mapping[str, Any] | None = None,
+         environ: Mapping[str, str] = os.environ, comfyui_user: Path | None = None) -> Config:
+    """The effective configuration. option_types: backend name -> dataclass of its options.
+
+    Raises ConfigError with file:line:column at the first mistake.
+    """
+    layers = [Layer("command line", overrides or {}), environment_layer(environ)]
+    layers += [file_layer(path) for path in files(environ, comfyui_user)]
+    return merge(layers, option_types)
+
+
+def merge(layers: Iterable[Layer], option_types: Mapping[str, type]) -> Config:
+    """Check each layer and join them, first wins; `rules` of the strongest layer that has them replace the others."""
+    layers = tuple(layers)
+    for layer in layers:
+        _check_tables(layer, option_types)
+    settings = _build(Settings, layers, ("taylor_patch",))
+    plugins = _build(PluginSettings, layers, ("plugins",))
+    options = {name: _build(kind, layers, ("backends", name)) for name, kind in option_types.items()}
+    _check_backend_name(settings.backend, layers, ("taylor_patch", "backend"), option_types)
+    return Config(settings, plugins, options, _rules(layers, option_types), layers)
+
+
+def _check_tables(layer: Layer, option_types: Mapping[str, type]) -> None:
+    tables = {"taylor_patch": dict, "plugins": dict, "backends": dict, "rules": list}
+    for key, value in layer.data.items():
+        if key not in tables:
+            raise ConfigError(f"{layer.place(key)}: {key}: unknown table; allowed are {', '.join(tables)}."
+                              + nearest(key, tables))
+        if not isinstance(value, tables[key]):
+            raise ConfigError(f"{layer.place(key)}: {key}: must be {'[[rules]]' if key == 'rules' else 'a table'}")
+    for name, table in layer.data.get("backends", {}).items():
+        if name not in option_types:
+            raise ConfigError(f"{layer.place('backends', name)}: backends.{name}: unknown backend; known are "
+                              f"{', '.join(sorted(option_types))}." + nearest(name, option_types))
+        if not isinstance(table, dict):
+            raise ConfigError(f"{layer.place('backends', name)}: backends.{name}: must be a table")
+
+
+def _check_backend_name(name: str, layers: tuple[Layer, ...], path: tuple[str, ...], known: Mapping[str, type]) -> None:
+    valid = ["auto", *sorted(known)]
+    if name not in valid:
+        place = next((layer.place(*path) for layer in layers if _find(layer.data, path) is not None), "configuration")
+        raise ConfigError(f'{place}: {".".join(path)}: "{name}" is not one of {", ".join(valid)}.' + nearest(name, valid))
+
+
+def _find(data: Mapping[str, Any], path: tuple[str, ...]) -> Any:
+    value: Any = data
+    for part in path:
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
+
+
+def _build(kind: type, layers: tuple[Layer, ...], table: tuple[str, ...]) -> Any:
+    """A `kind` from the same table of all layers, each value checked against its annotation."""
+    hints = typing.get_type_hints(kind)
+    values: dict[str, Any] = {}
+    source: dict[str, Layer] = {}
+    for layer in reversed(layers):
+        for key, value in (_find(layer.data, table) or {}).items():
+            label = ".".join((*table, key))
+            if key not in hints:
+                raise ConfigError(f"{layer.place(*table, key)}: {label}: unknown key; allowed are {', '.join(hints)}."
+                                  + nearest(key, hints))
+            values[key] = _coerce(value, hints[key], f"{layer.place(*table, key)}: {label}")
+            source[key] = layer
+    built = kind(**values)
+    problems: dict[str, str] = built.problems() if hasattr(built, "problems") else {}
+    for key, problem in problems.items():
+        place = source[key].place(*table, key) if key in source else source[next(iter(source))].place(*table)
+        raise ConfigError(f"{place}: {'.'.join((*table, key))}: {problem}")
+    return built
+
+
+def _coerce(value: Any, hint: Any, label: str) -> Any:
+    """`value` as the annotated type; an int is a float where one is wanted, a bool is never a number."""
+    choices = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    literals: list[Any] = []
+    for choice in choices:
+        if typing.get_origin(choice) is Literal:
+            literals += typing.get_args(choice)
+            if value in typing.get_args(choice) and isinstance(value, str):
+                return value
+        elif typing.get_origin(choice) is tuple:
+            if isinstance(value, list) and all(isinstance(item, str) for item in value):
+                return tuple(value)
+        elif choice is float and isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+        elif isinstance(value, choice) and (choice is bool or not isinstance(value, bool)):
+            return value
+    named = [f'"{item}"' for item in literals]
+    named += [{tuple: "a list of strings"}.get(typing.get_origin(c), getattr(c, "__name__", str(c)))  # type: ignore[arg-type]
+              for c in choices if typing.get_origin(c) is not Literal]
+    shown = f'"{value}"' if isinstance(value, str) else repr(value)
+    raise ConfigError(f"{label}: {shown} is not {' or '.join(named)}."
+                      + (nearest(value, literals) if isinstance(value, str) else ""))
+
+
+def _rules(layers: tuple[Layer, ...], option_types: Mapping[str, type]) -> tuple[Rule, ...]:
+    layer = next((layer for layer in layers if layer.data.get("rules")), None)
+    if layer is None:
+        return ()
+    rules = []
+    for number, table in enumerate(layer.data["rules"]):
+        def fail(key: str, problem: str, number: int = number) -> ConfigError:
+            return ConfigError(f"{layer.place('rules', number, key)}: rules[{number}].{key}: {problem}")
+
+        if not isinstance(table, dict):
+            raise fail("when", "each of [[rules]] must be a table")
+        for key in table:
+            if key not in ("when", "backend", "quality"):
+                raise fail(key, "unknown key; allowed are when, backend, quality." + nearest(key, ("when", "backend", "quality")))
+        backend, quality = table.get("backend"), table.get("quality")
+        if backend is not None and backend not in ("auto", *option_types):
+            raise fail("backend", f'"{backend}" is not one of auto, {", ".join(sorted(option_types))}.'
+                       + nearest(str(backend), ("auto", *option_types)))
+        if quality is not None:
+            checked = _coerce(quality, str | float, f"{layer.place('rules', number, 'quality')}: rules[{number}].quality")
+            if problem := Settings(quality=checked).problems().get("quality"):
+                raise fail("quality", problem)
+            quality = quality_value(checked)
+        when = table.get("when", {})
+        if not isinstance(when, dict):
+            raise fail("when", f"must be a table of {', '.join(CONDITIONS)}")
+        try:
+            rules.append(Rule(parse_conditions(when), backend, quality, layer.place("rules", number, "when")))
+        except ValueError as error:
+            raise fail("when", str(error)) from error
+    return tuple(rules)
+
+
+def as_toml(config: Config) -> str:
+    """The effective configuration as TOML text."""
+    def value(item: Any) -> str:
+        if isinstance(item, bool):
+            return str(item).lower()
+        if isinstance(item, tuple):
+            return "[" + ", ".join(value(x) for x in item) + "]"
+        return '"' + item.replace("\\", "\\\\").replace('"', '\\"') + '"' if isinstance(item, str) else repr(item)
+
+    tables = [("taylor_patch", config.settings), ("plugins", config.plugins)]
+    tables += [(f"backends.{name}", options) for name, options in sorted(config.options.items()) if dataclasses.fields(options)]
+    lines = []
+    for name, table in tables:
+        lines += [f"[{name}]", *(f"{f.name} = {value(getattr(table, f.name))}" for f in dataclasses.fields(table)), ""]
+    for rule in config.rules:
+        when = ", ".join(f"{name} = {value(text)}" for name, text in rule.conditions.source)
+        lines += ["[[rules]]", f"when = {{ {when} }}"]
+        lines += [f'backend = "{rule.backend}"'] if rule.backend else []
+        lines += [f"quality = {rule.quality}"] if rule.quality is not None else []
+        lines.append("")
+    return "\n".join(lines)
+
+
+def explain(config: Config, key: str) -> list[tuple[str, Any, bool]]:
+    """Every layer that sets a dotted `key` as (place, value, wins), strongest first, the default last.
+
+    Raises ConfigError when there is no such key.
+    """
+    path = tuple(key.split("."))
+    if len(path) == 1:
+        path = ("taylor_patch", *path)
+    owners: dict[tuple[str, ...], Any] = {("taylor_patch",): Settings(), ("plugins",): PluginSettings()}
+    owners |= {("backends", name): type(options)() for name, options in config.options.items()}
+    owner = owners.get(path[:-1])
+    if owner is None or not hasattr(owner, path[-1]):
+        known = [".".join((*table, f.name)) for table, o in owners.items() for f in dataclasses.fields(o)]
+        raise ConfigError(f"{key}: unknown key." + nearest(".".join(path), known))
+    rows = [(layer.place(*path), found) for layer in config.layers if (found := _find(layer.data, path)) is not None]
+    rows.append(("default", getattr(owner, path[-1])))
+    return [(place, value, number == 0) for number, (place, value) in enumerate(rows)]
+
+
+def schema(option_types: Mapping[str, type]) -> dict[str, Any]:
+    """JSON Schema of the configuration file, for editors."""
+    def table(kind: type) -> dict[str, Any]:
+        hints = typing.get_type_hints(kind)
+        return {"type": "object", "additionalProperties": False,
+                "properties": {f.name: {**_schema_of(hints[f.name]), "default": _plain(f.default)} for f in dataclasses.fields(kind)}}
+
+    condition = {"type": "object", "additionalProperties": False, "properties": {name: {"type": ["string", "number"]} for name in CONDITIONS}}
+    rule = {"type": "object", "additionalProperties": False,
+            "properties": {"when": condition, "backend": {"type": "string"}, "quality": _schema_of(str | float)}}
+    backends = {name: table(kind) for name, kind in sorted(option_types.items())}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "taylor_patch configuration", "type": "object",
+            "additionalProperties": False,
+            "properties": {"taylor_patch": table(Settings), "plugins": table(PluginSettings),
+                           "backends": {"type": "object", "additionalProperties": False, "properties": backends},
+                           "rules": {"type": "array", "items": rule}}}
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _schema_of(hint: Any) -> dict[str, Any]:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return {"anyOf": [_schema_of(choice) for choice in typing.get_args(hint)]}
+    if typing.get_origin(hint) is Literal:
+        return {"enum": list(typing.get_args(hint))}
+    if typing.get_origin(hint) is tuple:
+        return {"type": "array", "items": {"type": "string"}}
+    return {"type": {bool: "boolean", int: "integer", float: "number", str: "string"}[hint]}

@@ -1,0 +1,1 @@
+"""One module per ComfyUI module that is patched; each has install(module) and uninstall()."""

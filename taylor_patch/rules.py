@@ -1,0 +1,85 @@
+"""[[rules]]: conditions on a call, first match wins."""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from taylor_patch.call import AttentionCall
+from taylor_patch.errors import nearest
+
+CONDITIONS = ("model", "tokens", "sigma", "layers", "kind", "head_dim")
+_COMPARE = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt, "==": operator.eq}
+_NUMBER = re.compile(r"(>=|<=|==|>|<)?\s*([0-9.]+)$")
+_LAYERS = re.compile(r"(\d*)-(\d*)$|(\d+)$")
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """Parsed `when`; None means that the condition was not given."""
+
+    model: str | None = None
+    tokens: tuple[str, float] | None = None
+    sigma: tuple[str, float] | None = None
+    layers: tuple[int, int] | None = None
+    kind: str | None = None
+    head_dim: tuple[str, float] | None = None
+    source: tuple[tuple[str, Any], ...] = ()
+
+    def match(self, call: AttentionCall) -> bool:
+        """True when every given condition holds; one on something unknown (sigma outside a run) does not hold."""
+        return (
+            (self.model is None or (call.model is not None and fnmatchcase(call.model.lower(), self.model.lower())))
+            and _compare(self.tokens, call.q.shape[2])
+            and _compare(self.sigma, call.sigma)
+            and _compare(self.head_dim, call.q.shape[-1])
+            and (self.layers is None or (call.block is not None and self.layers[0] <= call.block <= self.layers[1]))
+            and (self.kind is None or (self.kind == "self") == call.self_attention)
+        )
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One of [[rules]]: where `conditions` hold, `backend` and `quality` replace those of [taylor_patch]."""
+
+    conditions: Conditions
+    backend: str | None
+    quality: float | None
+    place: str
+
+
+def _compare(bound: tuple[str, float] | None, value: float | None) -> bool:
+    return bound is None or (value is not None and bool(_COMPARE[bound[0]](value, bound[1])))
+
+
+def parse_conditions(when: Mapping[str, Any]) -> Conditions:
+    """`when` of a rule, for example {model = "flux*", tokens = ">=8192", layers = "4-", kind = "self"}.
+
+    Raises ValueError with what is wrong and what is allowed.
+    """
+    parsed: dict[str, Any] = {"source": tuple(when.items())}
+    for name, value in when.items():
+        if name not in CONDITIONS:
+            raise ValueError(f'unknown condition "{name}"; allowed are {", ".join(CONDITIONS)}.' + nearest(name, CONDITIONS))
+        if name == "model":
+            parsed[name] = str(value)
+        elif name == "kind":
+            if value not in ("self", "cross"):
+                raise ValueError(f'kind "{value}" is not "self" or "cross"')
+            parsed[name] = value
+        elif name == "layers":
+            match = _LAYERS.match(str(value))
+            if not match or str(value) == "-":
+                raise ValueError(f'layers "{value}" is not like "4", "4-", "-8" or "4-8"')
+            first, last, only = match.groups()
+            parsed[name] = (int(only), int(only)) if only else (int(first or 0), int(last or 10**9))
+        else:
+            match = _NUMBER.match(str(value).strip())
+            if not match:
+                raise ValueError(f'{name} "{value}" is not like ">=8192"; allowed are {", ".join(_COMPARE)}')
+            parsed[name] = (match[1] or "==", float(match[2]))
+    return Conditions(**parsed)
