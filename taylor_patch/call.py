@@ -33,6 +33,7 @@ class AttentionCall:
     scale: factor of q.k before the softmax (1/sqrt(D) unless the caller gave one).
     grid: where the image tokens are, or None where that is not known; grid_reason then says why.
     step, sigma, block: position in the sampling run, None outside one.
+    target_error: relative L2 error that the user's `quality` allows.
     A backend returns [B, H, N_q, D] in q's dtype and leaves q, k, v as they are.
     """
 
@@ -48,6 +49,7 @@ class AttentionCall:
     sigma: float | None = None
     block: int | None = None
     model: str | None = None
+    target_error: float = 0.05
 
     @property
     def self_attention(self) -> bool:

@@ -33,8 +33,6 @@ class NearFarOptions:
     min_tokens: int = 100
     density: float | Literal["auto"] = "auto"
     tail: Literal["cumulant", "zeroth", "none"] = "cumulant"
-    quality: float = 0.05
-    """Filled in by the router from `quality`; decides the density where that is "auto"."""
 
     def problems(self) -> dict[str, str]:
         """Option -> what is wrong with its value; empty when all is well."""
@@ -45,12 +43,11 @@ class NearFarOptions:
             found["density"] = f'{self.density} is not "auto" or above 0 and at most 1'
         return found
 
-    @property
-    def exact_share(self) -> float:
-        """Share of exact blocks. A fixed table for now: an error-aimed choice per call comes with the Triton kernel."""
+    def exact_share(self, target_error: float) -> float:
+        """Share of exact blocks for a relative L2 error aimed at; a fixed table where density is "auto"."""
         if self.density != "auto":
             return self.density
-        return 0.40 if self.quality <= 0.02 else 0.15 if self.quality <= 0.05 else 0.06
+        return 0.40 if target_error <= 0.02 else 0.15 if target_error <= 0.05 else 0.06
 
 
 @dataclass(frozen=True)
@@ -94,7 +91,7 @@ class NearFar(Backend):
         blocks = -(-n // BLOCK)
         outside = n - (call.grid.tokens if call.grid else 0)
         rows = QUERY_BLOCKS_AT_ONCE * BLOCK
-        keys = blocks * BLOCK * min(1.0, 4 * self.options.exact_share) + blocks + outside
+        keys = blocks * BLOCK * min(1.0, 4 * self.options.exact_share(call.target_error)) + blocks + outside
         gathered = QUERY_BLOCKS_AT_ONCE * keys * head_dim * 2
         return int(4 * (4 * n * head_dim + (2 + ROUTING_SAMPLES) * blocks**2 + 3 * rows * keys + gathered + 4 * head_dim**2))
 
@@ -107,7 +104,7 @@ class NearFar(Backend):
             for h in range(call.q.shape[1]):
                 kv_head = h * call.k.shape[1] // call.q.shape[1]
                 out[b, h] = attend_head(call.q[b, h] * call.scale, call.k[b, kv_head], call.v[b, kv_head], call.grid,
-                                        self.options.exact_share, self.options.tail, bias).to(out.dtype)
+                                        self.options.exact_share(call.target_error), self.options.tail, bias).to(out.dtype)
         return out
 
 

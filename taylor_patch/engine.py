@@ -1,0 +1,194 @@
+"""The engine: one configuration, its router, and the safe way to run a backend on a call."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from taylor_patch import config as configuration
+from taylor_patch import plugins
+from taylor_patch.backends.base import Backend, Fallback
+from taylor_patch.call import AttentionCall
+from taylor_patch.errors import ConfigError
+from taylor_patch.router import Router
+from taylor_patch.run import RunSummary, SamplingRun, sampling_run
+
+log = logging.getLogger("taylor_patch")
+
+
+class Engine:
+    """Plugins, configuration and router, swapped as a whole when a file changes."""
+
+    def __init__(self, overrides: Mapping[str, Any] | None = None, environ: Mapping[str, str] = os.environ) -> None:
+        self._overrides, self._environ = overrides, environ
+        self._lock = threading.Lock()
+        self.last_run: RunSummary | None = None
+        self.problem: str | None = None
+        self.registry = plugins.load(_allowed(overrides, environ), environ=environ)
+        self._stamp = self._current_stamp()
+        try:
+            loaded = self._load()
+        except ConfigError as error:
+            self.problem = str(error)
+            log.warning("taylor_patch: %s. Attention stays exact until this is corrected.", error)
+            off = configuration.Layer("invalid configuration", {"taylor_patch": {"enabled": False}})
+            loaded = configuration.merge([off], self.registry.option_types)
+        self._put_in_force(loaded)
+
+    def _load(self) -> configuration.Config:
+        return configuration.load(self.registry.option_types, self._overrides, self._environ, _comfyui_user())
+
+    def _current_stamp(self) -> object:
+        try:
+            return configuration.stamp(configuration.files(self._environ, _comfyui_user()))
+        except ConfigError as error:
+            return str(error)
+
+    def _put_in_force(self, loaded: configuration.Config) -> None:
+        self.config = loaded
+        self.router = Router(loaded, self.registry)
+        self.registry.notify("taylor_patch_configure", config=loaded)
+
+    def reload(self) -> None:
+        """Look at the configuration files again; an invalid one keeps the last good configuration and says so."""
+        with self._lock:
+            stamp = self._current_stamp()
+            if stamp == self._stamp:
+                return
+            self._stamp = stamp
+            try:
+                loaded = self._load()
+            except ConfigError as error:
+                self.problem = str(error)
+                log.warning("taylor_patch: %s. The last good configuration stays in force.", error)
+                return
+            self.problem = None
+            if loaded != self.config:
+                self._put_in_force(loaded)
+                log.info("taylor_patch: configuration reloaded: %s", self.describe())
+
+    def describe(self) -> str:
+        """The settings in force, for a log line."""
+        s = self.config.settings
+        return f'backend = "{s.backend}", quality = {s.quality}, min_tokens = {s.min_tokens}' if s.enabled else "enabled = false"
+
+    @contextmanager
+    def run(self, schedule: list[float]) -> Iterator[SamplingRun]:
+        """A sampling run from start to end, normal or not; prints its line."""
+        self.reload()
+        outcome = "finished"
+        with sampling_run(schedule) as current:
+            try:
+                yield current
+            except BaseException as error:
+                outcome = f"ended by {type(error).__name__}"
+                raise
+            finally:
+                self._finish(current, outcome)
+
+    def _finish(self, run: SamplingRun, outcome: str) -> None:
+        try:
+            self.last_run = run.summary(outcome)
+            if self.config.settings.log != "off":
+                log.info("taylor_patch: %s", self.last_run.line())
+            self.registry.notify("taylor_patch_run_finished", summary=self.last_run)
+        except Exception as error:
+            log.warning("taylor_patch: the run's summary failed (%s: %s)", type(error).__name__, error)
+
+    def answer(self, call: AttentionCall, run: SamplingRun) -> Tensor | None:
+        """[B, H, N_q, D] from the chosen backend, or None where exact attention has to answer; counted either way."""
+        choice = self.router.choose(call)
+        if choice.backend is None:
+            run.exact("; ".join(choice.reasons))
+            return None
+        key = (choice.backend.name, call.signature)
+        if key in run.broken:
+            run.exact(f"{choice.backend.name}: failed earlier in this run")
+            return None
+        return self._attempt(choice.backend, call, run, key)
+
+    def _attempt(self, backend: Backend, call: AttentionCall, run: SamplingRun, key: tuple[Any, ...]) -> Tensor | None:
+        try:
+            out = backend.run(call)
+            problem = check_output(out, call)
+        except Fallback as reason:
+            run.exact(f"{backend.name}: {reason}")
+            return None
+        except Exception as error:
+            if type(error).__name__ == "InterruptProcessingException":  # ComfyUI's cancel button
+                raise
+            problem = "out of memory" if is_out_of_memory(error) else f"{type(error).__name__}: {error}"
+        if problem is None:
+            run.calls[backend.name] += 1
+            return out
+        run.broken.add(key)
+        run.exact(f"{backend.name}: {problem}")
+        log.warning('taylor_patch: backend "%s" failed on q %s %s (%s); exact attention takes its place for such calls in this run.',
+                    backend.name, list(call.q.shape), str(call.q.dtype).removeprefix("torch."), problem)
+        return None
+
+
+def check_output(out: object, call: AttentionCall) -> str | None:
+    """What is wrong with a backend's result, or None. The finite check reads one value back from the device."""
+    if not isinstance(out, Tensor):
+        return f"returned {type(out).__name__} instead of a tensor"
+    if out.shape != call.q.shape or out.dtype != call.q.dtype or out.device != call.q.device:
+        return f"returned {list(out.shape)} {out.dtype} on {out.device} for q {list(call.q.shape)} {call.q.dtype} on {call.q.device}"
+    return None if bool(torch.isfinite(out.sum(dtype=torch.float32))) else "returned values that are not finite"
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """True for torch's out-of-memory errors, also where they arrive as AcceleratorError code 2."""
+    return isinstance(error, torch.OutOfMemoryError) or (type(error).__name__ == "AcceleratorError" and getattr(error, "error_code", 0) == 2)
+
+
+def _allowed(overrides: Mapping[str, Any] | None, environ: Mapping[str, str]) -> tuple[str, ...]:
+    """plugins.allow has to be known before plugins are loaded, and so before their options can be checked."""
+    try:
+        layers = [configuration.Layer("command line", overrides or {}), configuration.environment_layer(environ)]
+        layers += [configuration.file_layer(path) for path in configuration.files(environ, _comfyui_user())]
+    except ConfigError:
+        return ("*",)  # reported when the configuration is loaded
+    for layer in layers:
+        table = layer.data.get("plugins")
+        if isinstance(table, dict) and isinstance(table.get("allow"), list):
+            return tuple(str(name) for name in table["allow"])
+    return ("*",)
+
+
+def _comfyui_user() -> Path | None:
+    """ComfyUI's user folder in a running ComfyUI."""
+    folder_paths = sys.modules.get("folder_paths")
+    try:
+        return Path(folder_paths.get_user_directory()) if folder_paths else None
+    except Exception:
+        return None
+
+
+_engine: Engine | None = None
+_engine_lock = threading.Lock()
+
+
+def engine() -> Engine:
+    """The engine of this process, made at first use."""
+    global _engine
+    if _engine is None:
+        with _engine_lock:
+            if _engine is None:
+                _engine = Engine()
+    return _engine
+
+
+def reset() -> None:
+    """Forget the engine; the next use reads plugins and configuration anew."""
+    global _engine
+    _engine = None

@@ -1,0 +1,58 @@
+"""comfy.model_base: BaseModel.apply_model is one model evaluation; step and sigma are read here, once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+from taylor_patch.engine import engine
+from taylor_patch.hooks.cold import ColdPatch
+from taylor_patch.run import SamplingRun, current_run, evaluation
+
+_patch = ColdPatch("BaseModel.apply_model")
+
+
+def install(module: ModuleType) -> None:
+    """Wrap BaseModel.apply_model."""
+    _patch.install(module, _apply_model)
+
+
+def uninstall() -> None:
+    """Put the original method back."""
+    _patch.uninstall()
+
+
+def _apply_model(wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    run = current_run()
+    if run is None:
+        return wrapped(*args, **kwargs)
+    x = kwargs.get("x", args[0] if args else None)
+    t = kwargs.get("t", args[1] if len(args) > 1 else None)
+    with evaluation(run, instance, getattr(x, "shape", None), _first(t), bool(kwargs.get("ref_latents"))) as current:
+        if _before_start(run, instance, current.sigma):
+            current.exact = "before start_percent"
+        return wrapped(*args, **kwargs)
+
+
+def _first(t: Any) -> float | None:
+    """sigma of the evaluation; all of a batch share it. One read from the device for each evaluation."""
+    try:
+        return float(t.flatten()[0])
+    except (AttributeError, IndexError, TypeError, ValueError, RuntimeError):
+        return None
+
+
+def _before_start(run: SamplingRun, model: Any, sigma: float | None) -> bool:
+    """True while the schedule has not reached start_percent."""
+    percent = engine().config.settings.start_percent
+    if percent <= 0 or sigma is None:
+        return False
+    if run.start_sigma is None:
+        try:
+            run.start_sigma = float(model.model_sampling.percent_to_sigma(percent))
+        except Exception:
+            # Without the model's own scale the position in the schedule stands in for it.
+            steps = run.schedule or (sigma,)
+            run.start_sigma = steps[min(int(percent * (len(steps) - 1)), len(steps) - 1)]
+    return sigma > run.start_sigma

@@ -1,0 +1,83 @@
+"""Which backend answers a call: configuration, rules, and what the backends say of themselves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from taylor_patch.backends.base import Backend
+from taylor_patch.call import AttentionCall
+from taylor_patch.config import Config
+from taylor_patch.plugins import Registry
+
+
+@dataclass(frozen=True)
+class Choice:
+    """backend None means exact attention; reasons say why, or which backends were passed over."""
+
+    backend: Backend | None
+    reasons: tuple[str, ...] = ()
+
+
+class Router:
+    """Choices for one configuration, cached by what they depend on."""
+
+    CACHE_LIMIT = 4096
+
+    def __init__(self, config: Config, registry: Registry) -> None:
+        self.config = config
+        self.backends = {name: kind(config.options[name]) for name, kind in registry.backends.items()}
+        self.by_priority = sorted(self.backends.values(), key=lambda backend: -backend.priority)
+        self._cache: dict[Any, Choice] = {}
+        settings = config.settings
+        self.off = not settings.enabled or (settings.backend == "sdpa" and not config.rules)
+        self.least_tokens = 1 if settings.min_tokens == "auto" else settings.min_tokens
+        """Calls with fewer query tokens are exact, whatever else they are."""
+
+    def target_error(self, call: AttentionCall) -> float:
+        """Relative L2 error that the configuration allows for this call."""
+        return next((rule.quality for rule in self.config.rules if rule.quality is not None and rule.conditions.match(call)),
+                    self.config.target_error)
+
+    def choose(self, call: AttentionCall) -> Choice:
+        """The backend for `call`, or exact with every reason."""
+        position = (call.sigma, call.block) if self.config.rules else None
+        key = (call.signature, call.target_error, call.scale, position)
+        choice = self._cache.get(key)
+        if choice is None:
+            if len(self._cache) >= self.CACHE_LIMIT:
+                self._cache.clear()
+            choice = self._cache[key] = self._choose(call)
+        return choice
+
+    def _choose(self, call: AttentionCall) -> Choice:
+        settings = self.config.settings
+        if not settings.enabled:
+            return Choice(None, ("enabled = false",))
+        name = next((rule.backend for rule in self.config.rules if rule.conditions.match(call) and rule.backend), settings.backend)
+        tokens = call.q.shape[2]
+        if tokens < self.least_tokens:
+            return Choice(None, (f"fewer tokens than min_tokens = {self.least_tokens}",))
+        if name == "sdpa":
+            return Choice(None, ('backend = "sdpa"',))
+        if name != "auto":
+            backend = self.backends[name]
+            reasons = tuple(f"{name}: {reason}" for reason in backend.reasons_against(call))
+            return Choice(None, reasons) if reasons else Choice(backend)
+        return self._automatic(call, tokens)
+
+    def _automatic(self, call: AttentionCall, tokens: int) -> Choice:
+        passed_over = []
+        for backend in self.by_priority:
+            if backend.name == "sdpa":
+                continue
+            crossover = backend.crossover_tokens(call.q.device)
+            if crossover is None:
+                passed_over.append(f"{backend.name}: not measured to be faster on {call.q.device.type}")
+            elif self.config.settings.min_tokens == "auto" and tokens < crossover:
+                passed_over.append(f"{backend.name}: fewer tokens than the measured crossover {crossover}")
+            elif reasons := backend.reasons_against(call):
+                passed_over += [f"{backend.name}: {reason}" for reason in reasons]
+            else:
+                return Choice(backend, tuple(passed_over))
+        return Choice(None, tuple(passed_over) or ("no backend",))
