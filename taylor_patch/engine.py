@@ -188,7 +188,17 @@ def engine() -> Engine:
     return _engine
 
 
+def current() -> Engine | None:
+    """The engine in use, or None before the first use."""
+    return _engine
+
+
+def use(new: Engine | None) -> None:
+    """Put another engine in the place of this process's; with None the next use reads plugins and configuration anew."""
+    global _engine
+    _engine = new
+
+
 def reset() -> None:
     """Forget the engine; the next use reads plugins and configuration anew."""
-    global _engine
-    _engine = None
+    use(None)

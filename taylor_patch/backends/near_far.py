@@ -168,7 +168,7 @@ def route(q_blocks: Tensor, filled: Tensor, blocks: Blocks, density: float) -> T
 def attend_group(q: Tensor, near: Tensor, blocks: Blocks, text: tuple[Tensor, Tensor, Tensor], tail: str) -> Tensor:
     """Query blocks q [G, 64, D] with their near blocks [G, n_blocks] -> [G, 64, D]."""
     count = int(near.sum(1).max())
-    chosen = near.to(torch.uint8).argsort(1, descending=True, stable=True)[:, :count]
+    chosen = near.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :count]
     present = near.gather(1, chosen)
     keys, values = blocks.k[chosen].flatten(1, 2), blocks.v[chosen].flatten(1, 2)
     hidden = blocks.log_weight[chosen].masked_fill(~present[..., None], -torch.inf).flatten(1)
