@@ -30,8 +30,8 @@ class TaylorOptions:
     sub_head_blocks: int = 1
     center_keys: bool = True
     coefficients: Literal["taylor", "hermite"] = "taylor"
-    block_size_q: int = 4096
-    block_size_k: int = 4096
+    block_size_q: int = 256
+    block_size_k: int = 256
     fused_feature_chunk_size: int = 8192
     force_fp32: bool = False
     denom_fp32: bool = True

@@ -37,7 +37,10 @@ def multiplicity_weight(multiset: tuple[int, ...]) -> float:
 
 def monomials(x: Tensor, indices: Tensor) -> Tensor:
     """x [..., D], indices [F, degree] -> prod_j x[..., indices[:, j]] [..., F]; ones for degree 0."""
-    out = torch.ones(*x.shape[:-1], indices.shape[0], dtype=x.dtype, device=x.device)
-    for column in indices.unbind(1):
-        out = out * x[..., column]
+    if indices.shape[1] == 0:
+        return torch.ones(*x.shape[:-1], indices.shape[0], dtype=x.dtype, device=x.device)
+    first, *others = indices.unbind(1)
+    out = x.index_select(-1, first)
+    for column in others:
+        out *= x.index_select(-1, column)
     return out
