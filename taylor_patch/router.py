@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,13 +27,21 @@ class Router:
 
     def __init__(self, config: Config, registry: Registry) -> None:
         self.config = config
-        self.backends = {name: kind(config.options[name]) for name, kind in registry.backends.items()}
+        self.backends = {name: kind(self._options(name)) for name, kind in registry.backends.items()}
         self.by_priority = sorted(self.backends.values(), key=lambda backend: -backend.priority)
         self._cache: dict[Any, Choice] = {}
         settings = config.settings
         self.off = not settings.enabled or (settings.backend == "sdpa" and not config.rules)
         self.least_tokens = 1 if settings.min_tokens == "auto" else settings.min_tokens
         """Calls with fewer query tokens are exact, whatever else they are."""
+
+    def _options(self, name: str) -> Any:
+        """Options of a backend; a number in [taylor_patch] min_tokens holds for backends that set none of their own."""
+        options, least = self.config.options[name], self.config.settings.min_tokens
+        own = any("min_tokens" in layer.data.get("backends", {}).get(name, {}) for layer in self.config.layers)
+        if least == "auto" or own or not hasattr(options, "min_tokens"):
+            return options
+        return dataclasses.replace(options, min_tokens=least)
 
     def target_error(self, call: AttentionCall) -> float:
         """Relative L2 error that the configuration allows for this call."""

@@ -74,7 +74,7 @@ class Backend:
             reasons.append("grouped-query attention")
         if not call.self_attention and not self.cross_attention:
             reasons.append("cross-attention")
-        if self.needs_grid and call.grid is None:
+        if self.needs_grid and call.grid is None and (call.self_attention or self.cross_attention):
             reasons.append(call.grid_reason)
         if 0 in (batch, n_q, call.k.shape[2]):
             reasons.append("empty input")

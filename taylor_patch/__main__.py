@@ -1,0 +1,5 @@
+"""python -m taylor_patch: the same commands as `taylor-patch`."""
+
+from taylor_patch.cli import main
+
+main()

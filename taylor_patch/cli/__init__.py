@@ -1,0 +1,198 @@
+"""The `taylor-patch` command. What a command needs is imported when it runs, so that --help is quick."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+class Group(click.Group):
+    """Errors of ours end a command with their text and status 1, not with a traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """See click.Group."""
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            from taylor_patch.errors import TaylorPatchError
+
+            if isinstance(error, TaylorPatchError):
+                raise click.ClickException(str(error)) from error
+            raise
+
+
+@click.group(cls=Group)
+@click.version_option(package_name="taylor-patch")
+def main() -> None:
+    """Faster attention for big images and long videos in ComfyUI.
+
+    Set TAYLOR_PATCH=1 and start ComfyUI as always; `taylor-patch doctor` tells whether it is on.
+    """
+
+
+@main.command()
+@click.option("--size", default=128, show_default=True, help="Side of the picture in pixels.")
+@click.option("--steps", default=16, show_default=True, help="Sampling steps.")
+@click.option("--picture", default=17, show_default=True, help="Which of the 21 trained pictures (0 to 20).")
+@click.option("--seed", default=0, show_default=True, help="Seed of the starting noise.")
+@click.option("--out", default="taylor-demo", show_default=True, help="Folder for comparison.png and demo.json.")
+@click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]))
+def demo(size: int, steps: int, picture: int, seed: int, out: str, device: str) -> None:
+    """Make one small picture with exact attention, near_far and global Taylor, and compare them."""
+    from rich.console import Console
+    from rich.progress import Progress
+    from rich.table import Table
+
+    from taylor_patch.demo.host import ROWS, run_demo
+
+    with Progress() as bar:
+        tasks = {name: bar.add_task(name, total=steps) for name in ROWS}
+        result = run_demo(size, steps, picture, seed, out, device, lambda name, done, _: bar.update(tasks[name], completed=done))
+    table = Table(title=f"{result['environment']['tokens']} tokens, {steps} steps, {result['environment']['device']}")
+    for title in ("backend", "s/step", "ratio", "PSNR dB", "rel L2 median", "rel L2 p90", "calls", "exact because"):
+        table.add_column(title)
+    for row in result["rows"]:
+        quality = "exact" if row["psnr_db"] is None else f"{row['psnr_db']:.1f}"
+        table.add_row(row["backend"], f"{row['seconds_per_step']:.2f}", f"{row['speed_ratio']:.2f}", quality,
+                      f"{row['rel_l2_median']:.4f}", f"{row['rel_l2_p90']:.4f}",
+                      ", ".join(f"{name} {count}" for name, count in row["calls"].items()),
+                      ", ".join(f"{reason} {count}" for reason, count in row["fallbacks"].items()))
+    Console().print(table)
+    click.echo(f"Pictures: {Path(out) / 'comparison.png'}  Figures: {Path(out) / 'demo.json'}")
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def doctor(as_json: bool) -> None:
+    """Is it on here, and if not, why not? Exit status 1 where something stops it."""
+    from taylor_patch.cli.checks import checks
+
+    found = checks()
+    if as_json:
+        click.echo(json.dumps([{"state": state, "text": text} for state, text in found], indent=2))
+    else:
+        for state, text in found:
+            click.echo(f"{state:8} {text}")
+    if any(state == "problem" for state, _ in found):
+        raise SystemExit(1)
+
+
+@main.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+def run(command: tuple[str, ...]) -> None:
+    """Run a Python script with taylor_patch on: `taylor-patch run -- python main.py` or `taylor-patch run main.py`.
+
+    For interpreters that do not read start-up files.
+    """
+    from taylor_patch.cli.launch import launch
+
+    launch(command)
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def backends(as_json: bool) -> None:
+    """List the attention backends, and why one cannot run here."""
+    import torch
+
+    from taylor_patch.engine import engine
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rows = []
+    for backend in engine().router.by_priority:
+        problems = list(backend.unavailable()) + ([f"not for {device.type}"] if device.type not in backend.devices else [])
+        rows.append({"name": backend.name, "summary": backend.summary, "priority": backend.priority, "reasons_against": problems,
+                     "auto_from_tokens": backend.crossover_tokens(device)})
+    if as_json:
+        click.echo(json.dumps(rows, indent=2))
+        return
+    for row in rows:
+        state = "; ".join(row["reasons_against"]) if row["reasons_against"] else "can run here"  # type: ignore[arg-type]
+        click.echo(f"{row['name']:14} {state}. {row['summary']}")
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def plugins(as_json: bool) -> None:
+    """List the plugins that were found, and what is wrong with one."""
+    import dataclasses
+
+    from taylor_patch.engine import engine
+
+    found = engine().registry.plugins
+    if as_json:
+        click.echo(json.dumps([dataclasses.asdict(plugin) for plugin in found], indent=2))
+        return
+    for plugin in found:
+        click.echo(f"{plugin.name:20} {plugin.error or ', '.join(plugin.backends)} ({plugin.origin})")
+
+
+@main.group()
+def config() -> None:
+    """Make, show, explain and check the configuration."""
+
+
+def _option_types() -> dict[str, type]:
+    from taylor_patch import plugins as plugin_loader
+
+    return plugin_loader.load().option_types
+
+
+@config.command()
+@click.argument("path", default="taylor_patch.toml", type=click.Path(path_type=Path))
+@click.option("--force", is_flag=True, help="Overwrite a file that is there.")
+def init(path: Path, force: bool) -> None:
+    """Write a configuration file with the defaults."""
+    from taylor_patch import config as configuration
+
+    if path.exists() and not force:
+        raise click.ClickException(f"{path} is there already. Use --force to overwrite it.")
+    path.write_text(configuration.as_toml(configuration.merge([], _option_types())))
+    click.echo(f"Wrote {path}. ComfyUI reads it from the folder it is started in, or its user folder.")
+
+
+@config.command()
+def show() -> None:
+    """Print the configuration in force, as TOML."""
+    from taylor_patch import config as configuration
+
+    click.echo(configuration.as_toml(configuration.load(_option_types())), nl=False)
+
+
+@config.command()
+@click.argument("key")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def explain(key: str, as_json: bool) -> None:
+    """Show every place that sets KEY, for example taylor_patch.backend, and which one wins."""
+    from taylor_patch import config as configuration
+
+    rows = configuration.explain(configuration.load(_option_types()), key)
+    if as_json:
+        click.echo(json.dumps([{"place": place, "value": value, "wins": wins} for place, value, wins in rows], indent=2))
+        return
+    for place, value, wins in rows:
+        click.echo(f"{'wins' if wins else '    '} {value!r:20} {place}")
+
+
+@config.command()
+@click.argument("path", required=False, type=click.Path(path_type=Path))
+def check(path: Path | None) -> None:
+    """Check PATH, or the configuration in force; exit status 1 with file:line:column where it is wrong."""
+    from taylor_patch import config as configuration
+
+    if path is None:
+        configuration.load(_option_types())
+    else:
+        configuration.merge([configuration.file_layer(path)], _option_types())
+    click.echo("The configuration is valid.")
+
+
+@config.command()
+def schema() -> None:
+    """Print the JSON Schema of the configuration file, for editors."""
+    from taylor_patch import config as configuration
+
+    click.echo(json.dumps(configuration.schema(_option_types()), indent=2))

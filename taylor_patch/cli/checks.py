@@ -1,0 +1,75 @@
+"""What `taylor-patch doctor` looks at."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import sys
+import sysconfig
+from pathlib import Path
+
+Finding = tuple[str, str]
+"""(state, text): "ok", "note", or "problem" where it stops taylor_patch from working."""
+
+
+def checks() -> list[Finding]:
+    """All findings, in the order in which start-up meets them."""
+    return [_switch(), *_startup_files(), *_versions(), _comfyui(), *_configuration()]
+
+
+def _switch() -> Finding:
+    value = os.environ.get("TAYLOR_PATCH", "")
+    if value in ("", "0"):
+        return "note", f'TAYLOR_PATCH is {value or "not set"}: off. Set TAYLOR_PATCH=1 to turn it on.'
+    return "ok", f"TAYLOR_PATCH={value}: on"
+
+
+def _startup_files() -> list[Finding]:
+    folder = Path(sysconfig.get_paths()["purelib"])
+    missing = [name for name in ("taylor_patch_startup.pth", "taylor_patch_startup.start") if not (folder / name).is_file()]
+    found: list[Finding] = [("ok", f"Python {platform.python_version()} at {sys.executable}")]
+    if missing:
+        found.append(("problem", f"{', '.join(missing)} missing in {folder}. Install taylor-patch with this interpreter's pip, "
+                                 "or start ComfyUI by `taylor-patch run -- python main.py`."))
+    elif sys.flags.no_site:
+        found.append(("problem", "this interpreter runs with -S and reads no start-up files. Use `taylor-patch run`."))
+    else:
+        found.append(("ok", f"start-up files in {folder}"))
+    return found
+
+
+def _versions() -> list[Finding]:
+    found: list[Finding] = []
+    for package in ("torch", "wrapt", "pluggy", "triton"):
+        try:
+            found.append(("ok", f"{package} {importlib.metadata.version(package)}"))
+        except importlib.metadata.PackageNotFoundError:
+            found.append(("note", "triton is not installed: backends that need it do not run") if package == "triton"
+                         else ("problem", f"{package} is not installed in this interpreter"))
+    try:
+        import torch
+
+        found.append(("ok", torch.cuda.get_device_name()) if torch.cuda.is_available() else ("note", "no CUDA GPU"))
+    except Exception as error:
+        found.append(("problem", f"torch cannot be imported ({error})"))
+    return found
+
+
+def _comfyui() -> Finding:
+    version = Path("comfyui_version.py")
+    if not version.is_file():
+        return "note", "no ComfyUI in this folder; run doctor in ComfyUI's folder to see its version"
+    return "ok", f"ComfyUI: {version.read_text().strip().splitlines()[-1]}"
+
+
+def _configuration() -> list[Finding]:
+    from taylor_patch.engine import Engine
+
+    try:
+        engine = Engine()
+    except Exception as error:
+        return [("problem", f"{type(error).__name__}: {error}")]
+    state: Finding = ("problem", engine.problem) if engine.problem else ("ok", f"configuration: {engine.describe()}")
+    return [state, *(("problem", f"plugin {p.name}: {p.error}") if p.error else ("ok", f"plugin {p.name}: {', '.join(p.backends)}")
+                     for p in engine.registry.plugins)]
