@@ -313,7 +313,7 @@ def as_toml(config: Config) -> str:
             return "[" + ", ".join(value(x) for x in item) + "]"
         return '"' + item.replace("\\", "\\\\").replace('"', '\\"') + '"' if isinstance(item, str) else repr(item)
 
-    tables = [("taylor_patch", config.settings), ("plugins", config.plugins)]
+    tables: list[tuple[str, Any]] = [("taylor_patch", config.settings), ("plugins", config.plugins)]
     tables += [(f"backends.{name}", options) for name, options in sorted(config.options.items()) if dataclasses.fields(options)]
     lines = []
     for name, table in tables:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import platform
 import time
@@ -85,7 +86,7 @@ def sample(host: Flux, text: Tensor, vector: Tensor, size: int, steps: int, seed
     x = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(seed)).to(text.device)
     schedule = torch.linspace(1, 0, steps + 1).tolist()
     with engine.run(schedule) as run:
-        for t, t_next in zip(schedule, schedule[1:], strict=False):
+        for t, t_next in itertools.pairwise(schedule):
             sigmas = torch.full((1,), t, device=x.device)
             with (evaluation(run, host, x.shape, t),
                   torch.autocast(x.device.type, torch.bfloat16, enabled=x.device.type == "cuda")):

@@ -134,7 +134,7 @@ def _answer(args: tuple[Any, ...], kwargs: dict[str, Any], run: SamplingRun) -> 
         if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
             run.exact("gradients are wanted")
             return None
-        call = from_comfyui(*tensors, heads, mask=bound.get("mask"), skip_reshape=skip, scale=bound.get("scale"),
+        call = from_comfyui(tensors[0], tensors[1], tensors[2], heads, mask=bound.get("mask"), skip_reshape=skip, scale=bound.get("scale"),
                             enable_gqa=bool(bound.get("enable_gqa")))
         out = current.answer(_placed(call, evaluation, options, block, router.target_error), run)
     except Unsupported as reason:
