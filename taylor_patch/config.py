@@ -161,6 +161,8 @@ def environment_layer(environ: Mapping[str, str] = os.environ) -> Layer:
         table = data
         for part in path[:-1]:
             table = table.setdefault(part, {})
+            if not isinstance(table, dict):
+                raise ConfigError(f"environment: {name}: another variable gives {part} a value, so it cannot hold {path[-1]}. Unset one.")
         table[path[-1]] = _scalar(raw)
     return Layer("environment", data)
 
@@ -338,7 +340,7 @@ def explain(config: Config, key: str) -> list[tuple[str, Any, bool]]:
     owners: dict[tuple[str, ...], Any] = {("taylor_patch",): Settings(), ("plugins",): PluginSettings()}
     owners |= {("backends", name): type(options)() for name, options in config.options.items()}
     owner = owners.get(path[:-1])
-    if owner is None or not hasattr(owner, path[-1]):
+    if owner is None or path[-1] not in {f.name for f in dataclasses.fields(owner)}:
         known = [".".join((*table, f.name)) for table, o in owners.items() for f in dataclasses.fields(o)]
         raise ConfigError(f"{key}: unknown key." + nearest(".".join(path), known))
     rows = [(layer.place(*path), found) for layer in config.layers if (found := _find(layer.data, path)) is not None]
