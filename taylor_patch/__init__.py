@@ -10,9 +10,11 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "AttentionCall": "taylor_patch.call",
     "Backend": "taylor_patch.backends.base",
+    "Choice": "taylor_patch.router",
     "TaylorPatchError": "taylor_patch.errors",
     "TokenGrid": "taylor_patch.call",
     "attention": "taylor_patch.api",
+    "explain": "taylor_patch.api",
     "hookimpl": "taylor_patch.hookspecs",
     "install": "taylor_patch.api",
     "status": "taylor_patch.api",
@@ -22,9 +24,11 @@ _PUBLIC = {
 __all__ = [
     "AttentionCall",
     "Backend",
+    "Choice",
     "TaylorPatchError",
     "TokenGrid",
     "attention",
+    "explain",
     "hookimpl",
     "install",
     "status",

@@ -100,7 +100,9 @@ class Config:
 
 
 def quality_value(quality: str | float) -> float:
-    """The relative L2 error that a quality name or number stands for."""
+    """The relative L2 error that a quality name or number stands for. Raises ConfigError for one that is neither."""
+    if problem := Settings(quality=quality).problems().get("quality"):
+        raise ConfigError(f"quality: {problem}")
     return QUALITIES[quality] if isinstance(quality, str) else float(quality)
 
 

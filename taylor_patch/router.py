@@ -73,9 +73,11 @@ class Router:
             backend = self.backends[name]
             reasons = tuple(f"{name}: {reason}" for reason in backend.reasons_against(call))
             return Choice(None, reasons) if reasons else Choice(backend)
-        return self._automatic(call, tokens)
+        return self.automatic(call)
 
-    def _automatic(self, call: AttentionCall, tokens: int) -> Choice:
+    def automatic(self, call: AttentionCall) -> Choice:
+        """The backend of highest priority that is measured to be faster for `call` and can run it."""
+        tokens = call.q.shape[2]
         passed_over = []
         for backend in self.by_priority:
             if backend.name == "sdpa":

@@ -125,12 +125,18 @@ def current_run() -> SamplingRun | None:
     return runs[-1] if runs else None
 
 
+def family_of(model: Any) -> str:
+    """Class name of ComfyUI's BaseModel subclass; that of its configuration (SD15) for families without a class of their own."""
+    name = type(model).__name__
+    return type(model.model_config).__name__ if name == "BaseModel" and hasattr(model, "model_config") else name
+
+
 @contextmanager
 def evaluation(run: SamplingRun, model: Any, latent_shape: Sequence[int] | None, sigma: float | None,
                has_reference: bool = False) -> Iterator[Evaluation]:
     """Enter one call of the diffusion model. model: ComfyUI's BaseModel or anything with a `diffusion_model`."""
     diffusion_model = getattr(model, "diffusion_model", None)
-    family = type(model).__name__
+    family = family_of(model)
     run.model = family
     run.evaluations += 1
     current = Evaluation(None if latent_shape is None else tuple(latent_shape), sigma, None if sigma is None else run.step_of(sigma),

@@ -308,5 +308,5 @@ def test_attention_refuses_by_name(name, text):
 
 def test_public_sdpa_is_exact():
     call = make(50, 16, heads=4, kv_heads=2, dtype=torch.float32, key_mask=key_mask(1, 50))
-    out = taylor_patch.attention(call.q, call.k, call.v, backend="sdpa", key_mask=call.key_mask)
+    out = taylor_patch.attention(call.q, call.k, call.v, backend="sdpa", mask=call.key_mask)
     torch.testing.assert_close(out.double(), exact(call), atol=1e-5, rtol=1e-5)

@@ -66,7 +66,7 @@ class Backend:
             reasons.append(f"dtype {str(call.q.dtype).removeprefix('torch.')}")
         if head_dim not in self.head_dims:
             reasons.append(f"head_dim {head_dim} outside {self.head_dims.start} to {self.head_dims.stop - 1}")
-        if call.row_mask:
+        if call.row_mask is not None:
             reasons.append("mask depends on the query row")
         if call.key_mask is not None and not self.key_masks:
             reasons.append("key mask")

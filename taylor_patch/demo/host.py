@@ -140,9 +140,14 @@ def run_demo(size: int = 128, steps: int = 16, picture: int = 17, seed: int = 0,
     finally:
         engines.use(previous)
     tokens = (size // network.patch_size) ** 2 + text.shape[1]
-    result = {"rows": rows, "environment": {
+    return write(out, pictures, rows, {
         "size": size, "steps": steps, "picture": picture, "seed": seed, "tokens": tokens, "device": device_name(where),
-        "taylor_patch": taylor_patch.__version__, "torch": torch.__version__, "python": platform.python_version()}}
+        "taylor_patch": taylor_patch.__version__, "torch": torch.__version__, "python": platform.python_version()})
+
+
+def write(out: Path | str, pictures: dict[str, Tensor], rows: list[dict[str, Any]], environment: dict[str, Any]) -> dict[str, Any]:
+    """Write demo.json and comparison.png into the folder `out`; return what demo.json holds."""
+    result = {"rows": rows, "environment": environment}
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "demo.json").write_text(json.dumps(result, indent=2) + "\n")
