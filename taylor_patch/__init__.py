@@ -36,6 +36,9 @@ __all__ = [
 ]
 
 
+_started = False
+
+
 def __getattr__(name: str) -> object:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'taylor_patch' has no attribute {name!r}")
@@ -45,11 +48,16 @@ def __getattr__(name: str) -> object:
 
 
 def _startup() -> None:
-    """Entry point of the start-up files: do nothing unless TAYLOR_PATCH asks for it, and never raise."""
+    """Entry point of the start-up files: do nothing unless TAYLOR_PATCH asks for it, and never raise.
+
+    Virtual environments run start-up files twice before Python 3.15; only the first time counts.
+    """
+    global _started
     import os
 
-    if os.environ.get("TAYLOR_PATCH", "") in ("", "0"):
+    if _started or os.environ.get("TAYLOR_PATCH", "") in ("", "0"):
         return
+    _started = True
     try:
         from taylor_patch.startup import activate
 

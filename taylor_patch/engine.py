@@ -19,7 +19,7 @@ from taylor_patch import plugins
 from taylor_patch.backends.base import Backend, Fallback
 from taylor_patch.call import AttentionCall
 from taylor_patch.errors import ConfigError
-from taylor_patch.router import Router
+from taylor_patch.router import Choice, Router
 from taylor_patch.run import RunSummary, SamplingRun, sampling_run
 
 log = logging.getLogger("taylor_patch")
@@ -104,19 +104,15 @@ class Engine:
         except Exception as error:
             log.warning("taylor_patch: the run's summary failed (%s: %s)", type(error).__name__, error)
 
-    def answer(self, call: AttentionCall, run: SamplingRun) -> Tensor | None:
-        """[B, H, N_q, D] from the chosen backend, or None where exact attention has to answer; counted either way."""
+    def choose(self, call: AttentionCall, run: SamplingRun) -> Choice:
+        """The router's choice, less the backends that failed on such a call in this run."""
         choice = self.router.choose(call)
-        if choice.backend is None:
-            run.exact("; ".join(choice.reasons))
-            return None
-        key = (choice.backend.name, call.signature)
-        if key in run.broken:
-            run.exact(f"{choice.backend.name}: failed earlier in this run")
-            return None
-        return self._attempt(choice.backend, call, run, key)
+        if choice.backend is not None and (choice.backend.name, call.signature) in run.broken:
+            return Choice(None, (f"{choice.backend.name}: failed earlier in this run",))
+        return choice
 
-    def _attempt(self, backend: Backend, call: AttentionCall, run: SamplingRun, key: tuple[Any, ...]) -> Tensor | None:
+    def attempt(self, backend: Backend, call: AttentionCall, run: SamplingRun) -> Tensor | None:
+        """[B, H, N_q, D] from `backend`, or None where exact attention has to answer; counted either way."""
         try:
             out = backend.run(call)
             problem = check_output(out, call)
@@ -130,7 +126,7 @@ class Engine:
         if problem is None:
             run.calls[backend.name] += 1
             return out
-        run.broken.add(key)
+        run.broken.add((backend.name, call.signature))
         run.exact(f"{backend.name}: {problem}")
         log.warning('taylor_patch: backend "%s" failed on q %s %s (%s); exact attention takes its place for such calls in this run.',
                     backend.name, list(call.q.shape), str(call.q.dtype).removeprefix("torch."), problem)

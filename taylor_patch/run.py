@@ -40,6 +40,7 @@ class RunSummary:
 class Evaluation:
     """One call of the diffusion model."""
 
+    run: SamplingRun
     latent_shape: tuple[int, ...] | None
     sigma: float | None
     step: int | None
@@ -50,13 +51,13 @@ class Evaluation:
     exact: str | None = None
     """Why all of this evaluation is exact, or None."""
     calls: int = 0
+    """Attention calls so far; the hook counts every one, so that the number can stand for the block index."""
 
     def block_index(self, options: Mapping[str, Any]) -> int:
-        """Index of the transformer block over the whole model; the number of the call where the model does not say."""
-        call, self.calls = self.calls, self.calls + 1
+        """Index of the running call's transformer block over the whole model; the number of the call where the model does not say."""
         index = options.get("block_index")
         if index is None or "block" in options:  # UNets count within a block
-            return call
+            return self.calls - 1
         return int(index) + (self.double_blocks if options.get("block_type") == "single" else 0)
 
 
@@ -72,6 +73,8 @@ class SamplingRun:
     fallbacks: Counter[str] = field(default_factory=Counter)
     broken: set[tuple[Any, ...]] = field(default_factory=set)
     """(backend, signature) pairs that failed in this run."""
+    known_exact: dict[Any, str] = field(default_factory=dict)
+    """Shapes and arguments of calls that the router left to exact attention -> why."""
     start_sigma: float | None = None
 
     def step_of(self, sigma: float) -> int | None:
@@ -84,12 +87,12 @@ class SamplingRun:
 
     def exact(self, reason: str) -> None:
         """Count a call that exact attention answers."""
-        self.calls["exact"] += 1
         self.fallbacks[reason] += 1
 
     def summary(self, outcome: str) -> RunSummary:
         """Frozen copy of the counts."""
-        return RunSummary(self.model, max(len(self.schedule) - 1, 0), self.evaluations, dict(self.calls), dict(self.fallbacks),
+        exact = {"exact": sum(self.fallbacks.values())} if self.fallbacks else {}
+        return RunSummary(self.model, max(len(self.schedule) - 1, 0), self.evaluations, {**exact, **self.calls}, dict(self.fallbacks),
                           time.monotonic() - self.started, outcome)
 
 
@@ -139,7 +142,7 @@ def evaluation(run: SamplingRun, model: Any, latent_shape: Sequence[int] | None,
     family = family_of(model)
     run.model = family
     run.evaluations += 1
-    current = Evaluation(None if latent_shape is None else tuple(latent_shape), sigma, None if sigma is None else run.step_of(sigma),
+    current = Evaluation(run, None if latent_shape is None else tuple(latent_shape), sigma, None if sigma is None else run.step_of(sigma),
                          family, patch_sizes(diffusion_model), has_reference, len(getattr(diffusion_model, "double_blocks", ())))
     _position.evaluations.append(current)
     try:

@@ -24,7 +24,7 @@ fired: dict[str, str] = {}
 
 
 def activate() -> None:
-    """Register the hooks once; .pth lines run twice in virtual environments."""
+    """Register the hooks, once in a process."""
     global registered
     if registered:
         return

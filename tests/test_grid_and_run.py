@@ -72,18 +72,17 @@ def test_step_of_without_steps(schedule):
     assert SamplingRun(schedule).step_of(1.0) is None
 
 
-def fresh(double=0):
-    return Evaluation(None, None, None, None, P2, double_blocks=double)
+def fresh(double=0, calls=1):
+    return Evaluation(SamplingRun(), None, None, None, None, P2, double_blocks=double, calls=calls)
 
 
 def test_block_index_counts_calls_where_the_model_gives_none():
-    e = fresh()
-    assert [e.block_index({}) for _ in range(3)] == [0, 1, 2]
-    assert e.block_index({"block_index": 0, "block": ("input", 4)}) == 3
+    assert [fresh(calls=n).block_index({}) for n in (1, 2, 3)] == [0, 1, 2]
+    assert fresh(calls=4).block_index({"block_index": 0, "block": ("input", 4)}) == 3
 
 
 def test_block_index_of_single_blocks_follows_the_double_ones():
-    e = fresh(double=19)
+    e = fresh(double=19, calls=3)
     assert e.block_index({"block_index": 4, "block_type": "double"}) == 4
     assert e.block_index({"block_index": 4, "block_type": "single"}) == 23
     assert e.block_index({}) == 2

@@ -117,7 +117,7 @@ def test_sparse_differs_and_is_counted(comfy, configure):
 def test_cpu_auto_is_exact_with_reason(comfy):
     q, k, v = qkv()
     (out,) = comfy.sample(lambda o: comfy.attention.optimized_attention(q, k, v, HEADS, transformer_options=o))
-    assert torch.equal(out, comfy.original(q, k, v, HEADS)) and "near_far: not measured" in next(iter(last().fallbacks))
+    assert torch.equal(out, comfy.original(q, k, v, HEADS)) and last().fallbacks == {"no backend is measured to be faster on cpu": 1}
 
 
 FORMS = {
@@ -220,13 +220,13 @@ def test_container_is_consumed_only_when_handled(comfy, configure, monkeypatch, 
     boxes = [AttentionTensorContainer(x) for x in (q, k, v)]
     full_on_entry = []
     engines.engine()
-    original_answer = engines.Engine.answer
+    original_attempt = engines.Engine.attempt
 
-    def answer(self, call, run):
+    def attempt(self, backend, call, run):
         full_on_entry.append(all(box.value is not None for box in boxes))
-        return original_answer(self, call, run) if accepted else None
+        return original_attempt(self, backend, call, run) if accepted else None
 
-    monkeypatch.setattr(engines.Engine, "answer", answer)
+    monkeypatch.setattr(engines.Engine, "attempt", attempt)
     (out,) = comfy.sample(lambda o: comfy.attention.optimized_attention(*boxes, HEADS, transformer_options=o))
     # In the exact case the stand-in's own take() would fail if ours had come before it.
     assert full_on_entry == [True] and all(box.value is None for box in boxes)
@@ -331,6 +331,38 @@ def test_start_percent(comfy, configure):
     comfy.sample(lambda o: comfy.attention.optimized_attention(q, k, v, HEADS, transformer_options=o),
                  sigmas=(4.0, 3.0, 2.0, 1.0, 0.0))
     assert last().calls == {"exact": 2, "near_far": 2} and last().fallbacks == {"before start_percent": 2}
+
+
+def test_every_call_counts_for_the_block_index(comfy, configure):
+    """Where the model gives no block index, rules on layers go by the number of the call; exact calls count too."""
+    configure(SPARSE + '[[rules]]\nwhen = { layers = "2" }\nbackend = "sdpa"\n')
+    q, k, v = qkv()
+
+    def body(o):
+        comfy.attention.optimized_attention(q, k, v, HEADS, transformer_options=o, low_precision_attention=False)
+        return [comfy.attention.optimized_attention(q, k, v, HEADS, transformer_options=o) for _ in range(3)]
+
+    (outs,) = comfy.sample(body)
+    exact = comfy.original(q, k, v, HEADS)
+    assert [torch.equal(out, exact) for out in outs] == [False, True, False]
+
+
+def test_a_choice_for_exact_is_remembered_in_the_run_only(comfy, configure, monkeypatch):
+    path = configure(SPARSE)
+    q, k, v = qkv()
+    asked = []
+    choose = engines.Engine.choose
+    monkeypatch.setattr(engines.Engine, "choose", lambda self, call, run: asked.append(call) or choose(self, call, run))
+    mask = torch.zeros(TOKENS + TEXT, TOKENS + TEXT)
+
+    def body(o):
+        return [comfy.attention.optimized_attention(q, k, v, HEADS, m, transformer_options=o) for m in (mask, mask, None)]
+
+    comfy.sample(body, sigmas=(2.0, 1.0, 0.0))
+    assert len(asked) == 3 and last().calls == {"exact": 4, "near_far": 2}
+    path.write_text(SPARSE + "# changed\n")
+    comfy.sample(body)
+    assert len(asked) == 5
 
 
 @pytest.mark.parametrize("state", ["on", "disabled", "uninstalled"])

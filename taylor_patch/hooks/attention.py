@@ -18,7 +18,7 @@ from torch import Tensor
 
 from taylor_patch import grid
 from taylor_patch.call import AttentionCall, Unsupported, from_comfyui, merge_heads
-from taylor_patch.engine import engine
+from taylor_patch.engine import Engine, engine
 from taylor_patch.run import Evaluation, SamplingRun, current_evaluation, current_run
 
 log = logging.getLogger("taylor_patch")
@@ -95,10 +95,11 @@ def replace(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def dispatch(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Answer one sampling call by a backend, or by `original` with the very same objects."""
-    run = current_run()
+    evaluation = current_evaluation()
+    run = current_run() if evaluation is None else evaluation.run
     if run is None:
         return original(*args, **kwargs)
-    out = _answer(args, kwargs, run)
+    out = _answer(args, kwargs, run, evaluation)
     return original(*args, **kwargs) if out is None else out
 
 
@@ -108,66 +109,87 @@ def _outside_graph(original: Callable[..., Any], args: tuple[Any, ...], kwargs: 
     return dispatch(original, args, kwargs)
 
 
-def _answer(args: tuple[Any, ...], kwargs: dict[str, Any], run: SamplingRun) -> Tensor | None:
+def _answer(args: tuple[Any, ...], kwargs: dict[str, Any], run: SamplingRun, evaluation: Evaluation | None) -> Tensor | None:
     """The backend's result in the layout that was asked for, or None with the reason counted."""
-    evaluation = current_evaluation()
-    options = kwargs["transformer_options"]
-    # Every call counts, so that the call counter stands for the block index where the model gives none.
-    block = None if evaluation is None else evaluation.block_index(options)
+    if evaluation is not None:
+        evaluation.calls += 1
     current = engine()
-    router = current.router
-    if router.off:
+    if current.router.off:
         run.exact("turned off in the configuration")
         return None
-    if reason := _demands_exact(kwargs, options, evaluation):
-        run.exact(reason)
-        return None
-    bound = {**dict(zip(PARAMETERS, args, strict=False)), **kwargs}
-    containers = [bound[name] for name in ("q", "k", "v") if hasattr(bound.get(name), "peek")]
     try:
-        tensors = [x.peek() if hasattr(x, "peek") else x for x in (bound["q"], bound["k"], bound["v"])]
-        heads, skip = bound["heads"], bool(bound.get("skip_reshape"))
-        tokens = tensors[0].shape[2 if skip else 1]
-        if tokens < router.least_tokens:
-            run.exact(f"fewer tokens than min_tokens = {router.least_tokens}")
+        q = args[0] if args else kwargs["q"]
+        if type(q) is not Tensor and hasattr(q, "peek"):
+            q = q.peek()
+        shape, skip = q.shape, args[6] if len(args) > 6 else kwargs.get("skip_reshape", False)
+        least, too_few = current.router.least_tokens(q.device)
+        if shape[2 if skip else 1] < least:
+            run.exact(too_few)
             return None
-        if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-            run.exact("gradients are wanted")
+        if reason := _demands_exact(kwargs, evaluation):
+            run.exact(reason)
             return None
-        call = from_comfyui(tensors[0], tensors[1], tensors[2], heads, mask=bound.get("mask"), skip_reshape=skip, scale=bound.get("scale"),
-                            enable_gqa=bool(bound.get("enable_gqa")))
-        out = current.answer(_placed(call, evaluation, options, block, router.target_error), run)
-    except Unsupported as reason:
-        run.exact(str(reason))
-        return None
+        key = None
+        # A choice for exact attention holds for the rest of the run, unless rules look at step and block.
+        if len(args) > 2 and type(args[1]) is Tensor and not current.config.rules:
+            mask, image = args[4] if len(args) > 4 else kwargs.get("mask"), kwargs["transformer_options"].get("img_slice")
+            key = (shape, args[1].shape, skip, None if mask is None else mask.shape, kwargs.get("scale"),
+                   None if image is None else tuple(image), None if evaluation is None else evaluation.latent_shape)
+            if (known := run.known_exact.get(key)) is not None:
+                run.exact(known)
+                return None
+        return _handle(current, run, evaluation, key, *args, **kwargs)
+    except Unsupported as error:
+        run.exact(str(error))
     except Exception as error:
         if type(error).__name__ == "InterruptProcessingException":
             raise
         run.exact(f"error in taylor_patch ({type(error).__name__}: {error})")
-        return None
-    if out is None:
-        return None
-    for container in containers:
-        container.take()
-    return out if bound.get("skip_output_reshape") else merge_heads(out)
+    return None
 
 
-def _demands_exact(kwargs: dict[str, Any], options: dict[str, Any], evaluation: Evaluation | None) -> str | None:
+def _demands_exact(kwargs: dict[str, Any], evaluation: Evaluation | None) -> str | None:
     """Why the caller or the user wants this call answered by ComfyUI, or None."""
-    if "optimized_attention_override" in options:
+    if "optimized_attention_override" in kwargs["transformer_options"]:
         return "a node's attention override"
     if kwargs.get("low_precision_attention") is False:
         return "the model asked for full precision"
     if getattr(kwargs.get("preferred_attention"), "function", None) is not None:
         return "the checkpoint's preferred attention"
-    if not kwargs.keys() <= KNOWN_KEYWORDS:
+    if not KNOWN_KEYWORDS.issuperset(kwargs):
         return f"unknown keyword {', '.join(sorted(kwargs.keys() - KNOWN_KEYWORDS))}"
-    if getattr(sys.modules.get("comfy.model_management"), "in_training", False):
-        return "training"
     return None if evaluation is None else evaluation.exact
 
 
-def _placed(call: AttentionCall, evaluation: Evaluation | None, options: dict[str, Any], block: int | None,
+def _handle(current: Engine, run: SamplingRun, evaluation: Evaluation | None, key: Any, q: Any, k: Any, v: Any,
+            heads: int, mask: Tensor | None = None, attn_precision: Any = None, skip_reshape: bool = False,
+            skip_output_reshape: bool = False, *, transformer_options: dict[str, Any], scale: float | None = None,
+            enable_gqa: bool = False, **_: Any) -> Tensor | None:
+    """Choose and run a backend; from q on the arguments are ComfyUI's. key: what the run remembers a choice for exact attention by."""
+    containers = [x for x in (q, k, v) if type(x) is not Tensor and hasattr(x, "peek")]
+    if containers:
+        q, k, v = (x.peek() if hasattr(x, "peek") else x for x in (q, k, v))
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        run.exact("gradients are wanted")
+        return None
+    call = from_comfyui(q, k, v, heads, mask=mask, skip_reshape=skip_reshape, scale=scale, enable_gqa=enable_gqa)
+    call = _placed(call, evaluation, transformer_options, current.router.target_error)
+    choice = current.choose(call, run)
+    if choice.backend is None:
+        reason = "; ".join(choice.reasons)
+        if key is not None:
+            run.known_exact[key] = reason
+        run.exact(reason)
+        return None
+    out = current.attempt(choice.backend, call, run)
+    if out is None:
+        return None
+    for container in containers:
+        container.take()
+    return out if skip_output_reshape else merge_heads(out)
+
+
+def _placed(call: AttentionCall, evaluation: Evaluation | None, options: dict[str, Any],
             target_error: Callable[[AttentionCall], float]) -> AttentionCall:
     """`call` with its position in the run and its token grid."""
     if evaluation is None:
@@ -177,6 +199,6 @@ def _placed(call: AttentionCall, evaluation: Evaluation | None, options: dict[st
         if call.self_attention:
             found, why = grid.infer(call.q.shape[2], evaluation.latent_shape, evaluation.patches, evaluation.family,
                                     evaluation.has_reference, options)
-        placed = dataclasses.replace(call, grid=found, grid_reason=why, step=evaluation.step, sigma=evaluation.sigma, block=block,
-                                     model=evaluation.family)
+        placed = dataclasses.replace(call, grid=found, grid_reason=why, step=evaluation.step, sigma=evaluation.sigma,
+                                     block=evaluation.block_index(options), model=evaluation.family)
     return dataclasses.replace(placed, target_error=target_error(placed))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -30,7 +31,9 @@ def _apply_model(wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ..
     x = kwargs.get("x", args[0] if args else None)
     t = kwargs.get("t", args[1] if len(args) > 1 else None)
     with evaluation(run, instance, getattr(x, "shape", None), _first(t), bool(kwargs.get("ref_latents"))) as current:
-        if _before_start(run, instance, current.sigma):
+        if getattr(sys.modules.get("comfy.model_management"), "in_training", False):
+            current.exact = "training"
+        elif _before_start(run, instance, current.sigma):
             current.exact = "before start_percent"
         return wrapped(*args, **kwargs)
 
