@@ -18,7 +18,7 @@ import torch
 from benchmarks import record
 from taylor_patch import engine as engines
 from taylor_patch.hooks.attention import replace
-from taylor_patch.run import evaluation
+from taylor_patch.run import describe, evaluation
 
 CALLS, REPEATS = 20_000, 15
 
@@ -57,7 +57,7 @@ def call_rows() -> list[dict[str, Any]]:
         engine = engines.Engine({"taylor_patch": {**settings, "log": "off"}}, environ={})
         engines.use(engine)
         # ComfyUI samples in inference mode.
-        with torch.inference_mode(), engine.run([1.0, 0.0]) as run, evaluation(run, Model(), (1, 4, 64, 64), 1.0):
+        with torch.inference_mode(), engine.run([1.0, 0.0]) as run, evaluation(describe(run, Model(), (1, 4, 64, 64), 1.0)):
             base = nanoseconds(lambda kwargs=kwargs: original(x, x, x, 4, **kwargs))
             ours = nanoseconds(lambda kwargs=kwargs: patched(x, x, x, 4, **kwargs))
         rows.append({"what": f"call: {name}", "added_us": (ours - base) / 1000})

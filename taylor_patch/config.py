@@ -196,7 +196,8 @@ def merge(layers: Iterable[Layer], option_types: Mapping[str, type]) -> Config:
     settings = _build(Settings, layers, ("taylor_patch",))
     plugins = _build(PluginSettings, layers, ("plugins",))
     options = {name: _build(kind, layers, ("backends", name)) for name, kind in option_types.items()}
-    _check_backend_name(settings.backend, layers, ("taylor_patch", "backend"), option_types)
+    for layer in layers:
+        _check_backend_name(layer, option_types)
     return Config(settings, plugins, options, _rules(layers, option_types), layers)
 
 
@@ -216,11 +217,11 @@ def _check_tables(layer: Layer, option_types: Mapping[str, type]) -> None:
             raise ConfigError(f"{layer.place('backends', name)}: backends.{name}: must be a table")
 
 
-def _check_backend_name(name: str, layers: tuple[Layer, ...], path: tuple[str, ...], known: Mapping[str, type]) -> None:
-    valid = ["auto", *sorted(known)]
-    if name not in valid:
-        place = next((layer.place(*path) for layer in layers if _find(layer.data, path) is not None), "configuration")
-        raise ConfigError(f'{place}: {".".join(path)}: "{name}" is not one of {", ".join(valid)}.' + nearest(name, valid))
+def _check_backend_name(layer: Layer, known: Mapping[str, type]) -> None:
+    name, valid = _find(layer.data, ("taylor_patch", "backend")), ["auto", *sorted(known)]
+    if isinstance(name, str) and name not in valid:
+        place = layer.place("taylor_patch", "backend")
+        raise ConfigError(f'{place}: taylor_patch.backend: "{name}" is not one of {", ".join(valid)}.' + nearest(name, valid))
 
 
 def _find(data: Mapping[str, Any], path: tuple[str, ...]) -> Any:

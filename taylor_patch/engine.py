@@ -84,9 +84,13 @@ class Engine:
     @contextmanager
     def run(self, schedule: list[float]) -> Iterator[SamplingRun]:
         """A sampling run from start to end, normal or not; prints its line."""
-        self.reload()
+        try:
+            self.reload()
+        except Exception as error:
+            log.warning("taylor_patch: the configuration was not looked at again (%s: %s)", type(error).__name__, error)
         outcome = "finished"
         with sampling_run(schedule) as current:
+            current.log_calls = self.config.settings.log == "call"
             try:
                 yield current
             except BaseException as error:
@@ -124,7 +128,7 @@ class Engine:
                 raise
             problem = "out of memory" if is_out_of_memory(error) else f"{type(error).__name__}: {error}"
         if problem is None:
-            run.calls[backend.name] += 1
+            run.handled(backend.name, call)
             return out
         run.broken.add((backend.name, call.signature))
         run.exact(f"{backend.name}: {problem}")

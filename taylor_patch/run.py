@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import Counter
@@ -10,7 +11,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from taylor_patch.call import AttentionCall
 from taylor_patch.grid import patch_sizes
+
+log = logging.getLogger("taylor_patch")
 
 
 @dataclass(frozen=True)
@@ -30,10 +34,15 @@ class RunSummary:
 
     def line(self) -> str:
         """One line for the log."""
-        calls = ", ".join(f"{name} {count}" for name, count in sorted(self.calls.items())) or "none"
-        reasons = "; ".join(f"{reason}: {count}" for reason, count in sorted(self.fallbacks.items(), key=lambda kv: -kv[1]))
-        return (f"{self.model or 'model'}: {self.evaluations} model evaluations in {self.seconds:.1f} s, attention calls: {calls}"
-                + (f" (exact because: {reasons})" if reasons else "") + ("" if self.outcome == "finished" else f", {self.outcome}"))
+        return (f"{self.model or 'model'}: {self.evaluations} model evaluations in {self.seconds:.1f} s, "
+                f"attention calls: {counted(self.calls, self.fallbacks)}" + ("" if self.outcome == "finished" else f", {self.outcome}"))
+
+
+def counted(calls: Mapping[str, int], fallbacks: Mapping[str, int]) -> str:
+    """"near_far 57, exact 3 (exact because: cross-attention: 3)": calls by backend, and why the others were exact."""
+    shown = [f"{name} {count}" for name, count in sorted(calls.items())]
+    reasons = "; ".join(f"{reason}: {count}" for reason, count in sorted(fallbacks.items(), key=lambda item: -item[1]))
+    return (", ".join(shown) or "none") + (f" (exact because: {reasons})" if reasons else "")
 
 
 @dataclass
@@ -76,6 +85,8 @@ class SamplingRun:
     known_exact: dict[Any, str] = field(default_factory=dict)
     """Shapes and arguments of calls that the router left to exact attention -> why."""
     start_sigma: float | None = None
+    log_calls: bool = False
+    """Log a line for every attention call."""
 
     def step_of(self, sigma: float) -> int | None:
         """Index of `sigma` in the schedule; of the step it lies in for samplers that evaluate between sigmas."""
@@ -88,12 +99,25 @@ class SamplingRun:
     def exact(self, reason: str) -> None:
         """Count a call that exact attention answers."""
         self.fallbacks[reason] += 1
+        if self.log_calls:
+            log.info("taylor_patch: exact: %s", reason)
+
+    def handled(self, backend: str, call: AttentionCall) -> None:
+        """Count a call that a backend has answered."""
+        self.calls[backend] += 1
+        if self.log_calls:
+            log.info("taylor_patch: %s: q %s %s, step %s, block %s", backend, list(call.q.shape),
+                     str(call.q.dtype).removeprefix("torch."), call.step, call.block)
 
     def summary(self, outcome: str) -> RunSummary:
         """Frozen copy of the counts."""
-        exact = {"exact": sum(self.fallbacks.values())} if self.fallbacks else {}
-        return RunSummary(self.model, max(len(self.schedule) - 1, 0), self.evaluations, {**exact, **self.calls}, dict(self.fallbacks),
-                          time.monotonic() - self.started, outcome)
+        return RunSummary(self.model, max(len(self.schedule) - 1, 0), self.evaluations, with_exact(self.calls, self.fallbacks),
+                          dict(self.fallbacks), time.monotonic() - self.started, outcome)
+
+
+def with_exact(calls: Mapping[str, int], fallbacks: Mapping[str, int]) -> dict[str, int]:
+    """`calls` and, under "exact", the calls that exact attention answered."""
+    return {**({"exact": sum(fallbacks.values())} if fallbacks else {}), **calls}
 
 
 class _Position(threading.local):
@@ -134,16 +158,18 @@ def family_of(model: Any) -> str:
     return type(model.model_config).__name__ if name == "BaseModel" and hasattr(model, "model_config") else name
 
 
-@contextmanager
-def evaluation(run: SamplingRun, model: Any, latent_shape: Sequence[int] | None, sigma: float | None,
-               has_reference: bool = False) -> Iterator[Evaluation]:
-    """Enter one call of the diffusion model. model: ComfyUI's BaseModel or anything with a `diffusion_model`."""
+def describe(run: SamplingRun, model: Any, latent_shape: Sequence[int] | None, sigma: float | None, has_reference: bool = False) -> Evaluation:
+    """The Evaluation of one call of the diffusion model. model: ComfyUI's BaseModel or anything with a `diffusion_model`."""
     diffusion_model = getattr(model, "diffusion_model", None)
-    family = family_of(model)
-    run.model = family
-    run.evaluations += 1
-    current = Evaluation(run, None if latent_shape is None else tuple(latent_shape), sigma, None if sigma is None else run.step_of(sigma),
-                         family, patch_sizes(diffusion_model), has_reference, len(getattr(diffusion_model, "double_blocks", ())))
+    return Evaluation(run, None if latent_shape is None else tuple(latent_shape), sigma, None if sigma is None else run.step_of(sigma),
+                      family_of(model), patch_sizes(diffusion_model), has_reference, len(getattr(diffusion_model, "double_blocks", ())))
+
+
+@contextmanager
+def evaluation(current: Evaluation) -> Iterator[Evaluation]:
+    """Enter one call of the diffusion model."""
+    current.run.model = current.family
+    current.run.evaluations += 1
     _position.evaluations.append(current)
     try:
         yield current

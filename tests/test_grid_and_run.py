@@ -9,7 +9,7 @@ import pytest
 
 from taylor_patch.call import TokenGrid
 from taylor_patch.grid import UNET_STRIDES, infer, patch_sizes
-from taylor_patch.run import Evaluation, SamplingRun, current_evaluation, current_run, evaluation, sampling_run
+from taylor_patch.run import Evaluation, SamplingRun, current_evaluation, current_run, describe, evaluation, sampling_run
 
 P2 = ((1, 2, 2),)
 UNET = tuple((1, s, s) for s in UNET_STRIDES)
@@ -91,7 +91,7 @@ def test_block_index_of_single_blocks_follows_the_double_ones():
 def test_evaluation_reads_the_model():
     model = SimpleNamespace(diffusion_model=SimpleNamespace(patch_size=2, double_blocks=[0] * 5))
     with sampling_run([2.0, 1.0, 0.0]) as run:
-        with evaluation(run, model, IMAGE, 1.0) as e:
+        with evaluation(describe(run, model, IMAGE, 1.0)) as e:
             assert current_evaluation() is e
             assert (e.step, e.patches, e.double_blocks, e.family, e.latent_shape) == (1, P2, 5, "SimpleNamespace", IMAGE)
         assert current_evaluation() is None and run.evaluations == 1
@@ -118,7 +118,7 @@ def in_thread(work):
 
 def test_worker_thread_sees_the_open_run_but_not_the_evaluation():
     model = SimpleNamespace(diffusion_model=None)
-    with sampling_run([1.0]) as run, evaluation(run, model, None, None):
+    with sampling_run([1.0]) as run, evaluation(describe(run, model, None, None)):
         assert in_thread(current_run) is run and in_thread(current_evaluation) is None
     assert in_thread(current_run) is None
 

@@ -333,6 +333,45 @@ def test_start_percent(comfy, configure):
     assert last().calls == {"exact": 2, "near_far": 2} and last().fallbacks == {"before start_percent": 2}
 
 
+def test_an_evaluation_that_is_not_understood_is_exact(comfy, configure):
+    configure(SPARSE)
+    q, k, v = qkv()
+
+    class Odd:
+        def __init__(self, body):
+            self.body, self.double_blocks = body, 3  # len() of a number fails
+
+        def __call__(self, x, t, options):
+            return self.body(options)
+
+    def sampler(model, x, sigma, options):
+        return model.apply_model(x, sigma, transformer_options=options)
+
+    guider = comfy.samplers.CFGGuider(comfy.model_base.Flux(Odd(lambda o: comfy.attention.optimized_attention(
+        q, k, v, HEADS, transformer_options=o))))
+    out = guider.outer_sample(torch.zeros(1, 4, 32, 32), None, sampler, torch.tensor([1.0, 0.0]))
+    assert torch.equal(out, comfy.original(q, k, v, HEADS))
+    (reason,) = last().fallbacks
+    assert reason.startswith("model evaluation not understood (TypeError")
+
+
+@pytest.mark.parametrize(("level", "lines"), [("off", 0), ("run", 1), ("step", 3), ("call", 7)])
+def test_log_levels(comfy, configure, caplog, level, lines):
+    configure(SPARSE.replace("[backends", f'log = "{level}"\n[backends'))
+    q, k, v = qkv()
+    engines.engine()
+    caplog.set_level("INFO")
+
+    def body(o):
+        return [comfy.attention.optimized_attention(q, k, v, HEADS, transformer_options=o, low_precision_attention=low)
+                for low in (True, False)]
+
+    comfy.sample(body, sigmas=(2.0, 1.0, 0.0))
+    assert len(caplog.records) == lines, caplog.text
+    if level in ("step", "call"):
+        assert "Flux: step 1, sigma 1: exact 1, near_far 1 (exact because: the model asked for full precision: 1)" in caplog.text
+
+
 def test_every_call_counts_for_the_block_index(comfy, configure):
     """Where the model gives no block index, rules on layers go by the number of the call; exact calls count too."""
     configure(SPARSE + '[[rules]]\nwhen = { layers = "2" }\nbackend = "sdpa"\n')

@@ -87,12 +87,17 @@ def demo(size: int, steps: int, picture: int, seed: int, out: str, device: str, 
 
 
 @main.command()
+@click.option("--comfyui", default=".", show_default="this folder", type=click.Path(exists=True, file_okay=False, path_type=Path),
+              help="ComfyUI's folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def doctor(as_json: bool) -> None:
-    """Is it on here, and if not, why not? Exit status 1 where something stops it."""
+def doctor(comfyui: Path, as_json: bool) -> None:
+    """Is it on here, and if not, why not? Exit status 1 where something stops it.
+
+    Run it with the interpreter that starts ComfyUI, in ComfyUI's folder.
+    """
     from taylor_patch.cli.checks import checks
 
-    found = checks()
+    found = checks(comfyui)
     if as_json:
         click.echo(json.dumps([{"state": state, "text": text} for state, text in found], indent=2))
     else:

@@ -20,7 +20,7 @@ import taylor_patch
 from taylor_patch import engine as engines
 from taylor_patch.demo import model as demo_model
 from taylor_patch.hooks.attention import replace
-from taylor_patch.run import RunSummary, evaluation
+from taylor_patch.run import RunSummary, describe, evaluation
 
 # Name -> settings of the row. Global Taylor of degree 2 (P = 3): degree 3 has 366,145 features at head_dim 128.
 ROWS: dict[str, dict[str, Any]] = {
@@ -88,7 +88,7 @@ def sample(host: Flux, text: Tensor, vector: Tensor, size: int, steps: int, seed
     with engine.run(schedule) as run:
         for t, t_next in itertools.pairwise(schedule):
             sigmas = torch.full((1,), t, device=x.device)
-            with (evaluation(run, host, x.shape, t),
+            with (evaluation(describe(run, host, x.shape, t)),
                   torch.autocast(x.device.type, torch.bfloat16, enabled=x.device.type == "cuda")):
                 velocity = host.diffusion_model(x, sigmas, text, vector, attention, {"sigmas": sigmas})
             x = x + (t_next - t) * velocity.float()

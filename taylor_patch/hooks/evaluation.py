@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable
 from types import ModuleType
@@ -9,7 +10,9 @@ from typing import Any
 
 from taylor_patch.engine import engine
 from taylor_patch.hooks.cold import ColdPatch
-from taylor_patch.run import SamplingRun, current_run, evaluation
+from taylor_patch.run import Evaluation, SamplingRun, counted, current_run, describe, evaluation, with_exact
+
+log = logging.getLogger("taylor_patch")
 
 _patch = ColdPatch("BaseModel.apply_model")
 
@@ -28,14 +31,30 @@ def _apply_model(wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ..
     run = current_run()
     if run is None:
         return wrapped(*args, **kwargs)
-    x = kwargs.get("x", args[0] if args else None)
-    t = kwargs.get("t", args[1] if len(args) > 1 else None)
-    with evaluation(run, instance, getattr(x, "shape", None), _first(t), bool(kwargs.get("ref_latents"))) as current:
+    with evaluation(_describe(run, instance, args, kwargs)) as current:
+        before = run.calls.copy(), run.fallbacks.copy()
+        try:
+            return wrapped(*args, **kwargs)
+        finally:
+            if engine().config.settings.log in ("step", "call"):
+                calls, fallbacks = run.calls - before[0], run.fallbacks - before[1]
+                log.info("taylor_patch: %s: step %s, sigma %.4g: %s", current.family, current.step,
+                         float("nan") if current.sigma is None else current.sigma, counted(with_exact(calls, fallbacks), fallbacks))
+
+
+def _describe(run: SamplingRun, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Evaluation:
+    """What the call of apply_model(x, t, ...) is; one that cannot be read is exact, with the reason."""
+    try:
+        x = kwargs.get("x", args[0] if args else None)
+        t = kwargs.get("t", args[1] if len(args) > 1 else None)
+        current = describe(run, model, getattr(x, "shape", None), _first(t), bool(kwargs.get("ref_latents")))
         if getattr(sys.modules.get("comfy.model_management"), "in_training", False):
             current.exact = "training"
-        elif _before_start(run, instance, current.sigma):
+        elif _before_start(run, model, current.sigma):
             current.exact = "before start_percent"
-        return wrapped(*args, **kwargs)
+        return current
+    except Exception as error:
+        return Evaluation(run, None, None, None, None, (), exact=f"model evaluation not understood ({type(error).__name__}: {error})")
 
 
 def _first(t: Any) -> float | None:

@@ -151,7 +151,7 @@ RENAMED = {
 def test_comfyui_without_the_expected_names(start, patched_python, plain, checkout, tmp_path, kind):
     folder, old, new, message = RENAMED[kind]
     other = tmp_path / "checkout"
-    shutil.copytree(checkout, other, ignore=shutil.ignore_patterns(".git", "__pycache__", "models", "output", "input", "temp"))
+    shutil.copytree(checkout, other, ignore=shutil.ignore_patterns(".git", "__pycache__"))
     for name in (folder, "comfy_extras", "comfy_api", "app"):
         for path in (other / name).rglob("*.py"):
             text = path.read_text(errors="surrogateescape")
