@@ -34,7 +34,10 @@ class Router:
         self.by_priority = sorted(self.backends.values(), key=lambda backend: -backend.priority)
         self._cache: dict[Any, Choice] = {}
         settings = config.settings
-        self.off = not settings.enabled or (settings.backend == "sdpa" and not config.rules)
+        self.has_rules = bool(config.rules)
+        self.off = "enabled = false" if not settings.enabled else \
+            'backend = "sdpa"' if settings.backend == "sdpa" and not config.rules else None
+        """Why every call is exact, or None."""
         self._least: dict[torch.device, tuple[float, str]] = {}
 
     def least_tokens(self, device: torch.device) -> tuple[float, str]:

@@ -179,4 +179,5 @@ def evaluation(current: Evaluation) -> Iterator[Evaluation]:
 
 def current_evaluation() -> Evaluation | None:
     """The model call that this thread is in."""
-    return _position.evaluations[-1] if _position.evaluations else None
+    entered = _position.evaluations
+    return entered[-1] if entered else None

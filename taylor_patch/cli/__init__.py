@@ -53,6 +53,7 @@ def demo(size: int, steps: int, picture: int, seed: int, out: str, device: str, 
     from rich.table import Table
 
     from taylor_patch.demo.host import ROWS, run_demo
+    from taylor_patch.run import counted
 
     with Progress(console=Console(stderr=True)) as bar:
         tasks = {name: bar.add_task(name, total=steps) for name in ROWS}
@@ -71,18 +72,15 @@ def demo(size: int, steps: int, picture: int, seed: int, out: str, device: str, 
         return
     table = Table(title=f"{result['environment']['tokens']} tokens, {steps} steps, {result['environment']['device']}")
     table.add_column("backend", no_wrap=True)
-    for title in ("s/step", "ratio", "PSNR dB", "rel L2 median", "rel L2 p90", "calls", "exact because"):
+    for title in ("s/step", "ratio", "PSNR dB", "rel L2 median", "rel L2 p90"):
         table.add_column(title)
     for row in result["rows"]:
         quality = "exact" if row["psnr_db"] is None else f"{row['psnr_db']:.1f}"
         table.add_row(row["backend"], f"{row['seconds_per_step']:.2f}", f"{row['speed_ratio']:.2f}", quality,
-                      *("" if row[key] is None else f"{row[key]:.4f}" for key in ("rel_l2_median", "rel_l2_p90")),
-                      ", ".join(f"{name} {count}" for name, count in row["calls"].items()),
-                      ", ".join(f"{reason} {count}" for reason, count in row["fallbacks"].items()))
+                      *("" if row[key] is None else f"{row[key]:.4f}" for key in ("rel_l2_median", "rel_l2_p90")))
     Console().print(table)
     for row in result["rows"]:
-        if row.get("log"):
-            click.echo(row["log"])
+        click.echo(row["log"] if "log" in row else f"{row['backend']}: attention calls: {counted(row['calls'], row['fallbacks'])}")
     click.echo(f"Pictures: {Path(out) / 'comparison.png'}  Figures: {Path(out) / 'demo.json'}")
 
 

@@ -25,7 +25,8 @@ log = logging.getLogger("taylor_patch")
 
 NAMES = ("optimized_attention", "optimized_attention_masked")
 PARAMETERS = ("q", "k", "v", "heads", "mask", "attn_precision", "skip_reshape", "skip_output_reshape")
-KNOWN_KEYWORDS = frozenset({*PARAMETERS, "transformer_options", "scale", "enable_gqa", "low_precision_attention", "preferred_attention"})
+ARGUMENTS = frozenset({*PARAMETERS, "transformer_options", "scale", "enable_gqa"})
+WISHES = frozenset({"low_precision_attention", "preferred_attention"})
 
 _originals: dict[str, Callable[..., Any]] = {}
 _module: ModuleType | None = None
@@ -82,9 +83,8 @@ def replace(original: Callable[..., Any]) -> Callable[..., Any]:
         options = kwargs.get("transformer_options")
         if options is None or "sigmas" not in options:
             return original(*args, **kwargs)
-        if torch.compiler.is_compiling():
-            return _outside_graph(original, args, kwargs)
-        return dispatch(original, args, kwargs)
+        out = _answer_outside_graph(args, kwargs) if torch.compiler.is_compiling() else answer(args, kwargs)
+        return original(*args, **kwargs) if out is None else out
 
     functools.update_wrapper(optimized_attention, original, updated=())
     optimized_attention.__taylor_patch_original__ = original  # type: ignore[attr-defined]
@@ -93,36 +93,32 @@ def replace(original: Callable[..., Any]) -> Callable[..., Any]:
     return optimized_attention
 
 
-def dispatch(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Answer one sampling call by a backend, or by `original` with the very same objects."""
+@torch.compiler.disable
+def _answer_outside_graph(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """Decisions depend on step and block, so a traced graph must not hold them as constants: one graph break."""
+    return answer(args, kwargs)
+
+
+def answer(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """A backend's result for a sampling call, in the layout that was asked for; None, with the reason counted, where the original
+    function has to answer."""
     evaluation = current_evaluation()
     run = current_run() if evaluation is None else evaluation.run
     if run is None:
-        return original(*args, **kwargs)
-    out = _answer(args, kwargs, run, evaluation)
-    return original(*args, **kwargs) if out is None else out
-
-
-@torch.compiler.disable
-def _outside_graph(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Decisions depend on step and block, so a traced graph must not hold them as constants: one graph break."""
-    return dispatch(original, args, kwargs)
-
-
-def _answer(args: tuple[Any, ...], kwargs: dict[str, Any], run: SamplingRun, evaluation: Evaluation | None) -> Tensor | None:
-    """The backend's result in the layout that was asked for, or None with the reason counted."""
+        return None
     if evaluation is not None:
         evaluation.calls += 1
     current = engine()
-    if current.router.off:
-        run.exact("turned off in the configuration")
+    router = current.router
+    if router.off:
+        run.exact(router.off)
         return None
     try:
         q = args[0] if args else kwargs["q"]
         if type(q) is not Tensor and hasattr(q, "peek"):
             q = q.peek()
         shape, skip = q.shape, args[6] if len(args) > 6 else kwargs.get("skip_reshape", False)
-        least, too_few = current.router.least_tokens(q.device)
+        least, too_few = router.least_tokens(q.device)
         if shape[2 if skip else 1] < least:
             run.exact(too_few)
             return None
@@ -131,10 +127,10 @@ def _answer(args: tuple[Any, ...], kwargs: dict[str, Any], run: SamplingRun, eva
             return None
         key = None
         # A choice for exact attention holds for the rest of the run, unless rules look at step and block.
-        if len(args) > 2 and type(args[1]) is Tensor and not current.config.rules:
+        if len(args) > 2 and type(args[1]) is Tensor and not router.has_rules:
             mask, image = args[4] if len(args) > 4 else kwargs.get("mask"), kwargs["transformer_options"].get("img_slice")
-            key = (shape, args[1].shape, skip, None if mask is None else mask.shape, kwargs.get("scale"),
-                   None if image is None else tuple(image), None if evaluation is None else evaluation.latent_shape)
+            key = (shape, args[1].numel(), None if mask is None else mask.shape, None if image is None else tuple(image),
+                   None if evaluation is None else evaluation.latent_shape)
             if (known := run.known_exact.get(key)) is not None:
                 run.exact(known)
                 return None
@@ -152,12 +148,13 @@ def _demands_exact(kwargs: dict[str, Any], evaluation: Evaluation | None) -> str
     """Why the caller or the user wants this call answered by ComfyUI, or None."""
     if "optimized_attention_override" in kwargs["transformer_options"]:
         return "a node's attention override"
-    if kwargs.get("low_precision_attention") is False:
-        return "the model asked for full precision"
-    if getattr(kwargs.get("preferred_attention"), "function", None) is not None:
-        return "the checkpoint's preferred attention"
-    if not KNOWN_KEYWORDS.issuperset(kwargs):
-        return f"unknown keyword {', '.join(sorted(kwargs.keys() - KNOWN_KEYWORDS))}"
+    if not ARGUMENTS.issuperset(kwargs):
+        if kwargs.get("low_precision_attention") is False:
+            return "the model asked for full precision"
+        if getattr(kwargs.get("preferred_attention"), "function", None) is not None:
+            return "the checkpoint's preferred attention"
+        if unknown := kwargs.keys() - ARGUMENTS - WISHES:
+            return f"unknown keyword {', '.join(sorted(unknown))}"
     return None if evaluation is None else evaluation.exact
 
 

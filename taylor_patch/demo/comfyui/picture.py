@@ -66,7 +66,8 @@ def run_in_comfyui(comfyui: Path, python: str, size: int, steps: int, picture: i
             "backend": name, "seconds_per_step": seconds / steps,
             "speed_ratio": rows[0]["seconds_per_step"] * steps / seconds if rows else 1.0,
             "psnr_db": host.psnr(pictures["sdpa"], pictures[name]) if on else None,
-            "rel_l2_median": None, "rel_l2_p90": None, "calls": {}, "fallbacks": {}, "log": lines[-1] if lines else ""})
+            "rel_l2_median": None, "rel_l2_p90": None, "calls": {}, "fallbacks": {},
+            "log": lines[-1] if lines else f"{name}: taylor_patch is off"})
     version = next((line for line in (comfyui / "comfyui_version.py").read_text().splitlines() if "__version__" in line), "")
     return host.write(out, pictures, rows, {
         "size": size, "steps": steps, "picture": picture, "seed": seed, "tokens": (size // 2) ** 2 + 16, "device": "ComfyUI on the CPU",
