@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from taylor_patch import grid
 from taylor_patch.call import AttentionCall, Unsupported, from_comfyui, merge_heads
@@ -83,7 +84,7 @@ def replace(original: Callable[..., Any]) -> Callable[..., Any]:
         options = kwargs.get("transformer_options")
         if options is None or "sigmas" not in options:
             return original(*args, **kwargs)
-        out = _answer_outside_graph(args, kwargs) if torch.compiler.is_compiling() else answer(args, kwargs)
+        out = _answer_outside_graph(args, kwargs) if is_compiling() else answer(args, kwargs)
         return original(*args, **kwargs) if out is None else out
 
     functools.update_wrapper(optimized_attention, original, updated=())
