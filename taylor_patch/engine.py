@@ -20,9 +20,11 @@ from taylor_patch.backends.base import Backend, Fallback
 from taylor_patch.call import AttentionCall
 from taylor_patch.errors import ConfigError
 from taylor_patch.router import Choice, Router
-from taylor_patch.run import RunSummary, SamplingRun, sampling_run
+from taylor_patch.run import Evaluation, RunSummary, SamplingRun, sampling_run
 
 log = logging.getLogger("taylor_patch")
+
+NOT_FINITE = "returned values that are not finite"
 
 
 class Engine:
@@ -115,11 +117,20 @@ class Engine:
             return Choice(None, (f"{choice.backend.name}: failed earlier in this run",))
         return choice
 
-    def attempt(self, backend: Backend, call: AttentionCall, run: SamplingRun) -> Tensor | None:
-        """[B, H, N_q, D] from `backend`, or None where exact attention has to answer; counted either way."""
+    def attempt(self, backend: Backend, call: AttentionCall, run: SamplingRun, evaluation: Evaluation | None = None) -> Tensor | None:
+        """[B, H, N_q, D] from `backend`, or None where exact attention has to answer; counted either way.
+
+        On a GPU the check for values that are not finite is left on the device, in evaluation.finite.
+        """
         try:
             out = backend.run(call)
-            problem = check_output(out, call)
+            problem = check_form(out, call)
+            if problem is None:
+                finite = torch.isfinite(out.sum(dtype=torch.float32))
+                if evaluation is not None and checks_later(out.device):
+                    evaluation.finite.append(((backend.name, call.signature), finite))
+                elif not bool(finite):
+                    problem = NOT_FINITE
         except Fallback as reason:
             run.exact(f"{backend.name}: {reason}")
             return None
@@ -137,13 +148,31 @@ class Engine:
         return None
 
 
-def check_output(out: object, call: AttentionCall) -> str | None:
-    """What is wrong with a backend's result, or None. The finite check reads one value back from the device."""
+def check_form(out: object, call: AttentionCall) -> str | None:
+    """What is wrong with the type, shape, dtype or device of a backend's result, or None."""
     if not isinstance(out, Tensor):
         return f"returned {type(out).__name__} instead of a tensor"
     if out.shape != call.q.shape or out.dtype != call.q.dtype or out.device != call.q.device:
         return f"returned {list(out.shape)} {out.dtype} on {out.device} for q {list(call.q.shape)} {call.q.dtype} on {call.q.device}"
-    return None if bool(torch.isfinite(out.sum(dtype=torch.float32))) else "returned values that are not finite"
+    return None
+
+
+def checks_later(device: torch.device) -> bool:
+    """True where reading a value back would wait for the device."""
+    return device.type != "cpu"
+
+
+def not_finite(evaluation: Evaluation) -> tuple[str, ...]:
+    """Names of the backends that returned values that are not finite in this evaluation; they are not asked again in this run.
+
+    One read from the device.
+    """
+    if not evaluation.finite:
+        return ()
+    flags = torch.stack([flag for _, flag in evaluation.finite]).tolist()
+    bad = [key for (key, _), finite in zip(evaluation.finite, flags, strict=True) if not finite]
+    evaluation.run.broken.update(bad)
+    return tuple(sorted({name for name, _ in bad}))
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 from taylor_patch.call import AttentionCall
 from taylor_patch.grid import patch_sizes
 
@@ -61,6 +63,8 @@ class Evaluation:
     """Why all of this evaluation is exact, or None."""
     calls: int = 0
     """Attention calls so far; the hook counts every one, so that the number can stand for the block index."""
+    finite: list[tuple[tuple[str, Any], Tensor]] = field(default_factory=list)
+    """((backend, signature), flag on the device) of each call that a backend answered: its output's values are finite."""
 
     def block_index(self, options: Mapping[str, Any]) -> int:
         """Index of the running call's transformer block over the whole model; the number of the call where the model does not say."""

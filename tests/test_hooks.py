@@ -222,9 +222,9 @@ def test_container_is_consumed_only_when_handled(comfy, configure, monkeypatch, 
     engines.engine()
     original_attempt = engines.Engine.attempt
 
-    def attempt(self, backend, call, run):
+    def attempt(self, backend, call, run, evaluation):
         full_on_entry.append(all(box.value is not None for box in boxes))
-        return original_attempt(self, backend, call, run) if accepted else None
+        return original_attempt(self, backend, call, run, evaluation) if accepted else None
 
     monkeypatch.setattr(engines.Engine, "attempt", attempt)
     (out,) = comfy.sample(lambda o: comfy.attention.optimized_attention(*boxes, HEADS, transformer_options=o))
@@ -309,6 +309,32 @@ def test_bad_backend_is_exact_with_one_warning(comfy, configure, monkeypatch, ca
     warnings = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
     assert len(warnings) == 1 and text in warnings[0] and len(calls) == 1
     assert last().calls == {"exact": 3} and last().fallbacks["near_far: failed earlier in this run"] == 2
+
+
+@pytest.mark.parametrize("bad_at", [0, 2], ids=["first-call", "last-call"])
+def test_a_step_that_is_not_finite_is_computed_again(comfy, configure, monkeypatch, caplog, bad_at):
+    """As on a GPU, where the finite check is read once a model evaluation."""
+    configure(SPARSE)
+    monkeypatch.setattr(engines, "checks_later", lambda device: True)
+    calls = []
+
+    def run(call):
+        calls.append(call)
+        return call.q * (torch.nan if len(calls) == bad_at + 1 else 1)
+
+    broken_backend(monkeypatch, run)
+    q, k, v = qkv()
+
+    def body(o):
+        return torch.stack([comfy.attention.optimized_attention(q, k, v, HEADS, transformer_options=o) for _ in range(3)])
+
+    outs = comfy.sample(body, sigmas=(3.0, 2.0, 1.0, 0.0))
+    exact = comfy.original(q, k, v, HEADS)
+    assert len(calls) == 3 and all(torch.equal(row, exact) for out in outs for row in out)
+    (warning,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert "near_far: returned values that are not finite; this step is computed again" in warning
+    assert last().evaluations == 4 and last().fallbacks == {"near_far: returned values that are not finite": 3,
+                                                            "near_far: failed earlier in this run": 6}
 
 
 def test_a_backend_that_failed_is_tried_again_in_the_next_run(comfy, configure, monkeypatch):

@@ -179,7 +179,7 @@ def _handle(current: Engine, run: SamplingRun, evaluation: Evaluation | None, ke
             run.known_exact[key] = reason
         run.exact(reason)
         return None
-    out = current.attempt(choice.backend, call, run)
+    out = current.attempt(choice.backend, call, run, evaluation)
     if out is None:
         return None
     for container in containers:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from taylor_patch.engine import engine
+from taylor_patch.engine import NOT_FINITE, engine, not_finite
 from taylor_patch.hooks.cold import ColdPatch
 from taylor_patch.run import Evaluation, SamplingRun, counted, current_run, describe, evaluation, with_exact
 
@@ -19,7 +19,7 @@ _patch = ColdPatch("BaseModel.apply_model")
 
 def install(module: ModuleType) -> None:
     """Wrap BaseModel.apply_model."""
-    _patch.install(module, _apply_model)
+    _patch.install(module, apply_model)
 
 
 def uninstall() -> None:
@@ -27,11 +27,28 @@ def uninstall() -> None:
     _patch.uninstall()
 
 
-def _apply_model(wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def apply_model(wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """`wrapped`(x, t, ...) as one evaluation of the run in progress; once more, exactly, where a backend's values were not finite."""
     run = current_run()
     if run is None:
         return wrapped(*args, **kwargs)
-    with evaluation(_describe(run, instance, args, kwargs)) as current:
+    first = _describe(run, instance, args, kwargs)
+    out = _evaluate(first, wrapped, args, kwargs)
+    bad = not_finite(first)
+    if not bad:
+        return out
+    # The picture must not suffer: the same evaluation once more, from the same inputs, exact.
+    reason = f"{', '.join(bad)}: {NOT_FINITE}"
+    log.warning("taylor_patch: %s; this step is computed again by exact attention, which takes its place for such calls in this run.", reason)
+    again = _describe(run, instance, args, kwargs)
+    again.exact = reason
+    return _evaluate(again, wrapped, args, kwargs)
+
+
+def _evaluate(current: Evaluation, wrapped: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call the model, and log the evaluation's line where the configuration wants it."""
+    run = current.run
+    with evaluation(current):
         before = run.calls.copy(), run.fallbacks.copy()
         try:
             return wrapped(*args, **kwargs)
