@@ -42,7 +42,12 @@ class Settings:
     quality: str | float = "balanced"
     min_tokens: int | Literal["auto"] = "auto"
     start_percent: float = 0.0
+    end_percent: float = 1.0
+    quality_check: bool = True
+    quality_check_samples: int = 16
+    quality_check_log_every: int = 1
     log: Literal["off", "run", "step", "call"] = "run"
+    log_file: str = ""
 
     def problems(self) -> dict[str, str]:
         """Key -> what is wrong with its value; empty when all is well."""
@@ -54,8 +59,12 @@ class Settings:
             found["quality"] = f"{self.quality} is outside 0 to 1 (0 excluded)"
         if self.min_tokens != "auto" and self.min_tokens < 1:
             found["min_tokens"] = f"{self.min_tokens} is below 1"
-        if not 0 <= self.start_percent <= 1:
-            found["start_percent"] = f"{self.start_percent} is outside 0 to 1"
+        for key in ("start_percent", "end_percent"):
+            if not 0 <= getattr(self, key) <= 1:
+                found[key] = f"{getattr(self, key)} is outside 0 to 1"
+        for key in ("quality_check_samples", "quality_check_log_every"):
+            if getattr(self, key) < 1:
+                found[key] = f"{getattr(self, key)} is below 1"
         return found
 
 
@@ -330,6 +339,17 @@ def as_toml(config: Config) -> str:
         lines += [f"quality = {rule.quality}"] if rule.quality is not None else []
         lines.append("")
     return "\n".join(lines)
+
+
+def plain(config: Config) -> dict[str, Any]:
+    """The settings that differ from the defaults, as nested dicts of plain values."""
+    def changed(table: Any) -> dict[str, Any]:
+        default = type(table)()
+        return {f.name: getattr(table, f.name) for f in dataclasses.fields(table) if getattr(table, f.name) != getattr(default, f.name)}
+
+    backends = {name: values for name, options in config.options.items() if (values := changed(options))}
+    rules = [{"when": dict(rule.conditions.source), "backend": rule.backend, "quality": rule.quality} for rule in config.rules]
+    return {"taylor_patch": changed(config.settings), "backends": backends, "rules": rules}
 
 
 def explain(config: Config, key: str) -> list[tuple[str, Any, bool]]:
