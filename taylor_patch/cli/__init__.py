@@ -9,6 +9,8 @@ from typing import Any
 
 import click
 
+from taylor_patch.cli import reports
+
 
 class Group(click.Group):
     """Errors of ours end a command with their text and status 1, not with a traceback."""
@@ -32,6 +34,10 @@ def main() -> None:
 
     Set TAYLOR_PATCH=1 and start ComfyUI as always; `taylor-patch doctor` tells whether it is on.
     """
+
+
+for command in (reports.report, reports.watch, reports.compare):
+    main.add_command(command)
 
 
 @main.command()
