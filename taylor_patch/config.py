@@ -46,6 +46,9 @@ class Settings:
     quality_check: bool = True
     quality_check_samples: int = 16
     quality_check_log_every: int = 1
+    memory_reserve: bool = True
+    memory_reserve_factor: float = 1.1
+    memory_reserve_log: bool = True
     log: Literal["off", "run", "step", "call"] = "run"
     log_file: str = ""
 
@@ -62,6 +65,8 @@ class Settings:
         for key in ("start_percent", "end_percent"):
             if not 0 <= getattr(self, key) <= 1:
                 found[key] = f"{getattr(self, key)} is outside 0 to 1"
+        if not 0 <= self.memory_reserve_factor <= 10:
+            found["memory_reserve_factor"] = f"{self.memory_reserve_factor} is outside 0 to 10"
         for key in ("quality_check_samples", "quality_check_log_every"):
             if getattr(self, key) < 1:
                 found[key] = f"{getattr(self, key)} is below 1"

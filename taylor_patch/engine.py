@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,9 @@ from taylor_patch import guard, plugins
 from taylor_patch.backends.base import Backend, Fallback
 from taylor_patch.call import AttentionCall
 from taylor_patch.errors import ConfigError
+from taylor_patch.memory import Workspaces, predict
 from taylor_patch.router import Choice, Router
-from taylor_patch.run import Evaluation, RunSummary, SamplingRun, counted, sampling_run
+from taylor_patch.run import Evaluation, RunSummary, SamplingRun, counted, family_of, sampling_run
 from taylor_patch.telemetry import Answer, LogFile, StepRecord, Timer, figures_text, step_content
 
 log = logging.getLogger("taylor_patch")
@@ -38,6 +39,7 @@ class Engine:
         self.last_run: RunSummary | None = None
         self.problem: str | None = None
         self._guard_failed = False
+        self.workspaces = Workspaces()
         self.registry = plugins.load(_allowed(overrides, environ), environ=environ)
         self._stamp = self._current_stamp()
         try:
@@ -105,6 +107,20 @@ class Engine:
             finally:
                 self._finish(current, outcome)
 
+    def reserve(self, patcher: Any, latent_shape: Sequence[int]) -> int:
+        """Bytes to keep free for the backends in the coming run; 0 where memory is managed on demand. patcher: ComfyUI's ModelPatcher."""
+        settings = self.config.settings
+        if not settings.memory_reserve or self.router.off or getattr(patcher, "is_dynamic", lambda: False)():
+            return 0
+        family = family_of(patcher.model)
+        nbytes = self.workspaces.of(family, latent_shape)
+        if nbytes is None:
+            nbytes = predict(self.router, patcher.model, latent_shape, torch.device(getattr(patcher, "load_device", "cpu")))
+        nbytes = int(nbytes * settings.memory_reserve_factor)
+        if nbytes and settings.memory_reserve_log:
+            log.info("taylor_patch: %s: %.0f MiB are kept free for attention", family, nbytes / 2**20)
+        return nbytes
+
     def record(self, run: SamplingRun, step: StepRecord) -> None:
         """Keep, log and write what an evaluation did."""
         run.records.append(step)
@@ -121,6 +137,7 @@ class Engine:
             self.last_run = run.summary(outcome)
             if self.config.settings.log != "off":
                 log.info("taylor_patch: %s", self.last_run.line())
+            self.workspaces.record(run.model, run.latent_shape, max(run.workspaces.values(), default=0))
             if self.log_file is not None:
                 summary = {"schedule": run.schedule, "settings": configuration.plain(self.config), **dataclasses.asdict(self.last_run)}
                 self.log_file.write("run", run.name, summary)
@@ -158,6 +175,8 @@ class Engine:
             problem = "out of memory" if is_out_of_memory(error) else f"{type(error).__name__}: {error}"
         if problem is None:
             run.handled(backend.name, call)
+            if (key := (backend.name, call.signature)) not in run.workspaces:
+                run.workspaces[key] = stated_workspace(backend, call)
             if evaluation is not None:
                 evaluation.max_head_dim = max(evaluation.max_head_dim, call.q.shape[-1])
                 evaluation.answers.append(Answer(backend.name, call.signature, call.block, finite, timer,
@@ -181,6 +200,14 @@ class Engine:
             self._guard_failed = True
             log.warning("taylor_patch: the quality check failed (%s: %s) and is off from here on.", type(error).__name__, error)
             return None
+
+
+def stated_workspace(backend: Backend, call: AttentionCall) -> int:
+    """The backend's workspace in bytes; 0 where it does not state one."""
+    try:
+        return backend.workspace_nbytes(call)
+    except Exception:
+        return 0
 
 
 def check_form(out: object, call: AttentionCall) -> str | None:

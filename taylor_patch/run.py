@@ -102,6 +102,9 @@ class SamplingRun:
     name: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
     """What tells this run's records from others'; made at random."""
     records: list[StepRecord] = field(default_factory=list)
+    latent_shape: tuple[int, ...] | None = None
+    workspaces: dict[tuple[str, Any], int] = field(default_factory=dict)
+    """(backend, signature) -> the workspace in bytes that the backend stated."""
 
     def step_of(self, sigma: float) -> int | None:
         """Index of `sigma` in the schedule; of the step it lies in for samplers that evaluate between sigmas."""
@@ -187,6 +190,7 @@ def describe(run: SamplingRun, model: Any, latent_shape: Sequence[int] | None, s
 def evaluation(current: Evaluation) -> Iterator[Evaluation]:
     """Enter one call of the diffusion model."""
     current.run.model = current.family
+    current.run.latent_shape = current.latent_shape
     current.run.evaluations += 1
     _position.evaluations.append(current)
     try:
