@@ -118,7 +118,7 @@ class Engine:
             nbytes = predict(self.router, patcher.model, latent_shape, torch.device(getattr(patcher, "load_device", "cpu")))
         nbytes = int(nbytes * settings.memory_reserve_factor)
         if nbytes and settings.memory_reserve_log:
-            log.info("taylor_patch: %s: %.0f MiB are kept free for attention", family, nbytes / 2**20)
+            log.info("taylor_patch: memory: %.0f MiB are kept free for the attention of %s", nbytes / 2**20, family)
         return nbytes
 
     def record(self, run: SamplingRun, step: StepRecord) -> None:
