@@ -38,6 +38,7 @@ class Settings:
     """The table [taylor_patch]."""
 
     enabled: bool = True
+    profile: str = ""
     backend: str = "auto"
     quality: str | float = "balanced"
     min_tokens: int | Literal["auto"] = "auto"
@@ -87,11 +88,15 @@ class Layer:
     origin: str
     data: Mapping[str, Any]
     text: str = ""
+    profile: str = ""
+    """The profile whose table stands for [taylor_patch] and [[rules]] here."""
 
     def place(self, *path: str | int) -> str:
         """file:line:column of a key for files, the name of the source for everything else."""
         if not self.text:
             return self.origin
+        if self.profile:
+            path = ("profiles", self.profile, *(path[1:] if path[0] == "taylor_patch" else path))
         line, column = locate(self.text, path)
         return f"{self.origin}:{line}:{column}"
 
@@ -204,7 +209,7 @@ def load(option_types: Mapping[str, type], overrides: Mapping[str, Any] | None =
 
 def merge(layers: Iterable[Layer], option_types: Mapping[str, type]) -> Config:
     """Check each layer and join them, first wins; `rules` of the strongest layer that has them replace the others."""
-    layers = tuple(layers)
+    layers = _with_profile(tuple(layers))
     for layer in layers:
         _check_tables(layer, option_types)
     settings = _build(Settings, layers, ("taylor_patch",))
@@ -215,8 +220,29 @@ def merge(layers: Iterable[Layer], option_types: Mapping[str, type]) -> Config:
     return Config(settings, plugins, options, _rules(layers, option_types), layers)
 
 
+def _with_profile(layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
+    """`layers` with the chosen profile's table of each layer put before that layer."""
+    chosen = next((found for layer in layers if (found := _find(layer.data, ("taylor_patch", "profile"))) is not None), "")
+    if not chosen:
+        return layers
+    names = [name for layer in layers for name in _find(layer.data, ("profiles",)) or ()]
+    if chosen not in names:
+        place = next(layer.place("taylor_patch", "profile") for layer in layers if _find(layer.data, ("taylor_patch", "profile")) == chosen)
+        known = f"there are {', '.join(names)}." if names else "there are none; write [profiles.NAME]."
+        raise ConfigError(f'{place}: taylor_patch.profile: no profile is named "{chosen}"; {known}' + nearest(str(chosen), names))
+    joined = []
+    for layer in layers:
+        table = _find(layer.data, ("profiles", chosen))
+        if isinstance(table, dict):
+            settings = {key: value for key, value in table.items() if key != "rules"}
+            data = {"taylor_patch": settings, **({"rules": table["rules"]} if "rules" in table else {})}
+            joined.append(Layer(layer.origin, data, layer.text, chosen))
+        joined.append(layer)
+    return tuple(joined)
+
+
 def _check_tables(layer: Layer, option_types: Mapping[str, type]) -> None:
-    tables = {"taylor_patch": dict, "plugins": dict, "backends": dict, "rules": list}
+    tables = {"taylor_patch": dict, "plugins": dict, "backends": dict, "rules": list, "profiles": dict}
     for key, value in layer.data.items():
         if key not in tables:
             raise ConfigError(f"{layer.place(key)}: {key}: unknown table; allowed are {', '.join(tables)}."
@@ -387,11 +413,14 @@ def schema(option_types: Mapping[str, type]) -> dict[str, Any]:
     rule = {"type": "object", "additionalProperties": False,
             "properties": {"when": condition, "backend": {"type": "string"}, "quality": _schema_of(str | float)}}
     backends = {name: table(kind) for name, kind in sorted(option_types.items())}
+    rules = {"type": "array", "items": rule}
+    profile = table(Settings)
+    profile["properties"]["rules"] = rules
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "taylor_patch configuration", "type": "object",
             "additionalProperties": False,
             "properties": {"taylor_patch": table(Settings), "plugins": table(PluginSettings),
                            "backends": {"type": "object", "additionalProperties": False, "properties": backends},
-                           "rules": {"type": "array", "items": rule}}}
+                           "rules": rules, "profiles": {"type": "object", "additionalProperties": profile}}}
 
 
 def _plain(value: Any) -> Any:
