@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from taylor_patch.cli import reports
+from taylor_patch.cli import benchmark, reports
 
 
 class Group(click.Group):
@@ -36,7 +36,7 @@ def main() -> None:
     """
 
 
-for command in (reports.report, reports.watch, reports.compare):
+for command in (benchmark.bench, reports.report, reports.watch, reports.compare):
     main.add_command(command)
 
 
@@ -136,7 +136,7 @@ def backends(as_json: bool) -> None:
     for backend in engine().router.by_priority:
         problems = list(backend.unavailable()) + ([f"not for {device.type}"] if device.type not in backend.devices else [])
         rows.append({"name": backend.name, "summary": backend.summary, "priority": backend.priority, "reasons_against": problems,
-                     "auto_from_tokens": backend.crossover_tokens(device)})
+                     "auto_from_tokens": engine().router.crossover(backend, device)})
     if as_json:
         click.echo(json.dumps(rows, indent=2))
         return
