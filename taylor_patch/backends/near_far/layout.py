@@ -1,0 +1,41 @@
+"""Tile order in Triton: which token lies at a place of a block. The same order as tiles.tile_index, without a table."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def block_tokens(block, place, n_image_blocks, GRID_T, GRID_H, GRID_W, START, OUTSIDE,
+                 TILE_T: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr):
+    """(token, filled) at `place` (0 to 63) of `block`: image tiles first, then 64 tokens outside the image at a time.
+
+    The token of a place that is not filled lies outside the sequence and must be masked.
+    """
+    across = tl.cdiv(GRID_W, TILE_W)
+    down = tl.cdiv(GRID_H, TILE_H)
+    strip = block // across
+    frame = strip // down
+    row = tl.where(frame % 2 == 1, down - 1 - strip % down, strip % down)
+    column = tl.where(strip % 2 == 1, across - 1 - block % across, block % across)
+    x = column * TILE_W + place % TILE_W
+    y = row * TILE_H + place // TILE_W % TILE_H
+    t = frame * TILE_T + place // (TILE_W * TILE_H)
+    image_token = START + (t * GRID_H + y) * GRID_W + x
+    rank = (block - n_image_blocks) * 64 + place
+    outside_token = tl.where(rank < START, rank, rank + GRID_T * GRID_H * GRID_W)
+    in_image = block < n_image_blocks
+    token = tl.where(in_image, image_token, outside_token)
+    filled = tl.where(in_image, (x < GRID_W) & (y < GRID_H) & (t < GRID_T), rank < OUTSIDE)
+    return token, filled
+
+
+@triton.jit
+def unit_tokens(unit, row, n_image_units, n_image_blocks, GRID_T, GRID_H, GRID_W, START, OUTSIDE,
+                TILE_T: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr, UNIT_BLOCKS: tl.constexpr):
+    """(token, filled) at `row` of a query unit: UNIT_BLOCKS image blocks, or as many tokens outside the image."""
+    first = tl.where(unit < n_image_units, unit * UNIT_BLOCKS, n_image_blocks + (unit - n_image_units) * UNIT_BLOCKS)
+    block = first + row // 64
+    token, filled = block_tokens(block, row % 64, n_image_blocks, GRID_T, GRID_H, GRID_W, START, OUTSIDE, TILE_T, TILE_H, TILE_W)
+    return token, tl.where(unit < n_image_units, filled & (block < n_image_blocks), filled)

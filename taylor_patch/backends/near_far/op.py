@@ -1,0 +1,119 @@
+"""near_far on the GPU: the kernels in their order, as a custom operator of torch."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from taylor_patch.backends.near_far import plan as plans
+from taylor_patch.backends.near_far.kernel import attend_kernel
+from taylor_patch.backends.near_far.prepare import gather_kernel, pool_kernel, sample_kernel
+from taylor_patch.backends.near_far.routing import score_kernel, select_kernel
+from taylor_patch.call import AttentionCall, TokenGrid
+
+TAILS = {"none": 0, "zeroth": 1, "cumulant": 2}
+
+
+def attend(call: AttentionCall, density: float, tail: str = "cumulant") -> Tensor:
+    """near_far attention of a call -> [B, H, N, D] in q's dtype, stored [B, N, H, D] as ComfyUI's models want it."""
+    grid = call.grid
+    assert grid is not None  # NearFar.reasons_against refuses a call without one
+    return near_far(call.q, call.k, call.v, call.key_mask, [grid.t, grid.h, grid.w, grid.start], call.scale, density, tail)
+
+
+@torch.library.custom_op("taylor_patch::near_far", mutates_args=())
+def near_far(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, grid: list[int], scale: float, density: float,
+             tail: str) -> Tensor:
+    """q [B, H, N, D]; k, v [B, H_kv, N, D]; key_mask [B or 1, N] additive float32; grid (t, h, w, start) -> [B, H, N, D]."""
+    capability = torch.cuda.get_device_capability(q.device) if q.device.type == "cuda" else (0, 0)
+    plan = plans.make(q.shape[0], q.shape[1], k.shape[1], q.shape[2], q.shape[3], q.dtype, key_mask is not None, TokenGrid(*grid),
+                      capability)
+    return run(plan, q, k, v, key_mask, scale, density, tail)
+
+
+@near_far.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, grid: list[int], scale: float, density: float, tail: str) -> Tensor:
+    return empty_output(q)
+
+
+def empty_output(q: Tensor) -> Tensor:
+    """[B, H, N, D], stored [B, N, H, D]."""
+    batch, heads, tokens, head_dim = q.shape
+    return torch.empty(batch, tokens, heads, head_dim, dtype=q.dtype, device=q.device).transpose(1, 2)
+
+
+def run(plan: plans.Plan, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float, density: float, tail: str) -> Tensor:
+    """The call in rounds of `plan.round_lanes` key heads that share one workspace."""
+    out = empty_output(q)
+    space = plan.allocate(q.device)
+    if key_mask is not None and key_mask.stride(1) != 1:
+        key_mask = key_mask.contiguous()
+    for first in range(0, plan.lanes, plan.round_lanes):
+        lanes = min(plan.round_lanes, plan.lanes - first)
+        prepare(plan, space, q, k, v, key_mask, first, lanes)
+        select(plan, space, lanes, scale, density)
+        attend_round(plan, space, q, out, first, lanes, scale, tail)
+    return out
+
+
+def _geometry(plan: plans.Plan) -> tuple[int, ...]:
+    """Arguments of the tile order: grid, start, tokens outside, tile."""
+    grid = plan.grid
+    return (grid.t, grid.h, grid.w, grid.start, plan.outside, *plan.tile)
+
+
+def _precision(plan: plans.Plan) -> str:
+    """float32 products need three TF32 products for float32 accuracy; 16-bit ones are exact as they are."""
+    return "tf32x3" if plan.dtype == torch.float32 else "tf32"
+
+
+def prepare(plan: plans.Plan, space: dict[str, Tensor], q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, first: int,
+            lanes: int) -> None:
+    """Fill k, v, means, covariances and query samples of the lanes from `first` on."""
+    columns = min(plan.dim, 128)
+    # bfloat16 holds any float16; the interpreter, which is what runs on the CPU, has no product of it.
+    covariance_dtype = tl.float32 if plan.dtype == torch.float32 or q.device.type == "cpu" else tl.bfloat16
+    mask, stride_mb = (k, 0) if key_mask is None else (key_mask, key_mask.stride(0) if key_mask.shape[0] > 1 else 0)
+    gather_kernel[(2 * plan.dim // columns, plan.splits, lanes)](
+        k, *k.stride(), v, *v.stride(), mask, stride_mb, space["k"], space["v"], space["bias"], space["mean_k"], space["mean_v"],
+        space["log_mass"], space["trace"], space["centre"], space["partial_covariance"], space["partial_mass"], first, plan.heads_kv,
+        -(-plan.key_blocks // plan.splits), plan.key_blocks, plan.image_blocks, *_geometry(plan), plan.head_dim, plan.dim, columns,
+        key_mask is not None, plan.biased, covariance_dtype, _precision(plan), num_warps=8)
+    pool_kernel[(plan.dim // 16, lanes)](space["partial_covariance"], space["partial_mass"], space["covariance"], space["column_scale"],
+                                         plan.splits, plan.dim, 32)
+    sample_kernel[(plan.image_units, lanes * plan.group)](
+        q, *q.stride(), space["sample"], space["sample_share"], space["histogram"], first * plan.group, plan.heads, plan.image_units,
+        plan.image_blocks, *_geometry(plan), plan.tiles.unit_blocks, plan.head_dim, plan.dim, plans.ROUTING_SAMPLES, plans.BINS)
+
+
+def select(plan: plans.Plan, space: dict[str, Tensor], lanes: int, scale: float, density: float) -> None:
+    """Near blocks of every query unit of a round, from the samples and block means."""
+    heads = lanes * plan.group
+    narrow = plan.dim > 128 or plan.dtype == torch.float32
+    score_kernel[(triton.cdiv(plan.image_units, 64), heads)](
+        space["sample"], space["sample_share"], space["mean_k"], space["log_mass"], space["code"], space["best"], space["histogram"],
+        scale * 1.4426950408889634, plan.image_units, plan.image_blocks, plan.group, plan.dim, 64, 32 if narrow else 64, plans.BINS,
+        _precision(plan), num_warps=4, num_stages=1 if narrow else 2)
+    select_kernel[(triton.cdiv(plan.units, 8), heads)](
+        space["code"], space["best"], space["histogram"], space["log_mass"], space["list"], space["count"], plan.wanted(density),
+        plan.units, plan.image_units, plan.image_blocks, plan.key_blocks, plan.group, plan.tiles.unit_blocks, 8, 128, plans.BINS)
+
+
+def attend_round(plan: plans.Plan, space: dict[str, Tensor], q: Tensor, out: Tensor, first: int, lanes: int, scale: float,
+                 tail: str) -> None:
+    """Attention of the lanes from `first` on, from a filled workspace into `out`."""
+    tiles = plan.tiles
+    k, v, mean_k, mean_v = (space[name].view(-1, plan.dim) for name in ("k", "v", "mean_k", "mean_v"))
+    if tiles.tma:
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        k, v = (TensorDescriptor.from_tensor(x, [64, plan.dim]) for x in (k, v))
+        mean_k, mean_v = (TensorDescriptor.from_tensor(x, [tiles.far, plan.dim]) for x in (mean_k, mean_v))
+    attend_kernel[(plan.units, lanes * plan.group)](
+        q, *q.stride(), out, *out.stride(), k, v, space["bias"], mean_k, mean_v, space["log_mass"], space["trace"], space["centre"],
+        space["covariance"], space["column_scale"], space["code"], space["list"], space["count"], scale, first * plan.group, plan.heads,
+        plan.group, plan.units, plan.image_units, plan.image_blocks, plan.key_blocks, *_geometry(plan), tiles.unit_blocks,
+        plan.head_dim, plan.dim, tiles.far, tiles.pair, plan.biased, TAILS[tail], tiles.tma, _precision(plan),
+        num_warps=tiles.warps, num_stages=tiles.stages)

@@ -1,0 +1,190 @@
+"""Sizes of a near_far call on the GPU: blocks, units, tuned tiles and temporary memory, from shapes only."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from taylor_patch.backends.tiles import BLOCK, tile_shape
+from taylor_patch.call import AttentionCall, TokenGrid
+
+WORKSPACE_LIMIT = 880 * 2**20
+"""Bytes of temporary memory that a call aims to stay below; heads go in as many rounds as that takes, at least one head each."""
+GATHER_PROGRAMS = 1056
+"""Programs of the preparation kernel that are aimed at: a few for each of the 132 multiprocessors of a large GPU."""
+ROUTING_SAMPLES = 4
+"""Sub-means of a query unit that vote on its near blocks."""
+BINS = 2048
+"""Bins of the histogram of predicted masses, 64 an octave, around the mean mass."""
+
+CROSSOVER_TOKENS: dict[tuple[int, int], int] = {}
+"""Compute capability -> tokens from which near_far was measured to be faster than exact attention."""
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Tile sizes and launch parameters of the attention kernel.
+
+    unit_blocks: blocks of 64 queries that share one list of near blocks. pair: key blocks of one step of the near field.
+    far: block means of one step of the far field. tma: tiles of k and v come through the tensor memory accelerator.
+    """
+
+    unit_blocks: int = 1
+    pair: int = 1
+    far: int = 64
+    warps: int = 4
+    stages: int = 2
+    tma: bool = False
+
+
+DEFAULT_TILES = Tiles()
+TUNED: dict[tuple[int, int, int], Tiles] = {}
+"""(major compute capability, bytes of an element, padded head_dim) -> tiles that were fastest."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is derived from the shapes of a call.
+
+    A lane is one key head of one batch element; `group` query heads share it. Key blocks are the image tiles in the order of
+    tiles.tile_index, then the tokens outside the image, 64 at a time. Query units are `unit_blocks` such blocks.
+    """
+
+    batch: int
+    heads: int
+    heads_kv: int
+    tokens: int
+    head_dim: int
+    dtype: torch.dtype
+    masked: bool
+    grid: TokenGrid
+    tiles: Tiles
+
+    @property
+    def group(self) -> int:
+        return self.heads // self.heads_kv
+
+    @property
+    def lanes(self) -> int:
+        return self.batch * self.heads_kv
+
+    @property
+    def dim(self) -> int:
+        """head_dim padded to a power of two."""
+        return max(16, 1 << (self.head_dim - 1).bit_length())
+
+    @property
+    def column_tiles(self) -> int:
+        """Column tiles of at most 128 in which the preparation makes its covariances."""
+        return max(1, self.dim // 128)
+
+    @property
+    def tile(self) -> tuple[int, int, int]:
+        return tile_shape(self.grid)
+
+    @property
+    def image_blocks(self) -> int:
+        return math.prod(-(-size // part) for size, part in zip((self.grid.t, self.grid.h, self.grid.w), self.tile, strict=True))
+
+    @property
+    def outside(self) -> int:
+        """Tokens outside the image."""
+        return self.tokens - self.grid.tokens
+
+    @property
+    def key_blocks(self) -> int:
+        return self.image_blocks + -(-self.outside // BLOCK)
+
+    @property
+    def image_units(self) -> int:
+        return -(-self.image_blocks // self.tiles.unit_blocks)
+
+    @property
+    def units(self) -> int:
+        return self.image_units + -(-self.outside // (BLOCK * self.tiles.unit_blocks))
+
+    @property
+    def biased(self) -> bool:
+        """True where keys have a bias: a key mask, or blocks of fewer than 64 tokens."""
+        return self.masked or self.tokens != self.key_blocks * BLOCK
+
+    @property
+    def splits(self) -> int:
+        """Programs of the preparation kernel per lane and part."""
+        return max(1, min(self.key_blocks, GATHER_PROGRAMS // (2 * self.column_tiles * self.round_lanes)))
+
+    @property
+    def round_lanes(self) -> int:
+        """Lanes of one round, so that the workspace stays below its limit."""
+        most = max(1, WORKSPACE_LIMIT // self._lane_nbytes)
+        return -(-self.lanes // -(-self.lanes // most))
+
+    @property
+    def _lane_nbytes(self) -> int:
+        """Bytes of a lane but for the preparation's partial sums, which are small."""
+        return sum(math.prod(shape) * dtype.itemsize for name, shape, dtype in self._lane_buffers(1) if not name.startswith("partial"))
+
+    def _lane_buffers(self, splits: int) -> Iterator[tuple[str, tuple[int, ...], torch.dtype]]:
+        """(name, shape of one lane, dtype) of every temporary array."""
+        dim, half, full = self.dim, self.dtype, torch.float32
+        yield "k", (self.key_blocks * BLOCK, dim), half
+        yield "v", (self.key_blocks * BLOCK, dim), half
+        yield "bias", (self.key_blocks * BLOCK if self.biased else 0,), full
+        yield "mean_k", (self.image_blocks, dim), half
+        yield "mean_v", (self.image_blocks, dim), half
+        yield "log_mass", (self.image_blocks,), full
+        yield "trace", (self.image_blocks,), full
+        yield "centre", (dim,), full
+        yield "covariance", (dim, 2 * dim), half
+        yield "column_scale", (2 * dim,), full
+        yield "partial_covariance", (splits, dim, 2 * dim), full
+        yield "partial_mass", (splits, 2), full
+        yield "sample", (self.group, ROUTING_SAMPLES, self.image_units, dim), half
+        yield "sample_share", (ROUTING_SAMPLES, self.image_units), full
+        yield "code", (self.group, self.image_units, self.image_blocks), torch.int16
+        yield "best", (self.group, self.image_units), torch.int32
+        yield "histogram", (self.group, BINS), torch.int32
+        yield "list", (self.group, self.units, self.key_blocks), torch.int32
+        yield "count", (self.group, self.units), torch.int32
+
+    @property
+    def workspace_nbytes(self) -> int:
+        """Bytes of all temporary arrays of a round; the allocator hands out multiples of 512."""
+        return sum(-(-self.round_lanes * math.prod(shape) * dtype.itemsize // 512) * 512
+                   for _, shape, dtype in self._lane_buffers(self.splits))
+
+    def allocate(self, device: torch.device) -> dict[str, Tensor]:
+        """The temporary arrays of a round, uninitialised; the leading dimension is the lane."""
+        return {name: torch.empty(self.round_lanes, *shape, dtype=dtype, device=device)
+                for name, shape, dtype in self._lane_buffers(self.splits)}
+
+    def wanted(self, density: float) -> int:
+        """Pairs of image unit and image block that are exact in each head, before own and best blocks are added."""
+        pairs = self.image_units * self.image_blocks
+        return 2**31 - 1 if density >= 1 else round(density * pairs)
+
+
+def tiles_for(capability: tuple[int, int], dtype: torch.dtype, head_dim: int) -> Tiles:
+    """Tuned tiles where somebody measured, else ones that fit everywhere."""
+    dim = max(16, 1 << (head_dim - 1).bit_length())
+    return TUNED.get((capability[0], dtype.itemsize, dim), DEFAULT_TILES)
+
+
+@lru_cache(maxsize=256)
+def make(batch: int, heads: int, heads_kv: int, tokens: int, head_dim: int, dtype: torch.dtype, masked: bool, grid: TokenGrid,
+         capability: tuple[int, int]) -> Plan:
+    """The plan of a call of these shapes."""
+    return Plan(batch, heads, heads_kv, tokens, head_dim, dtype, masked, grid, tiles_for(capability, dtype, head_dim))
+
+
+def of_call(call: AttentionCall) -> Plan:
+    """The plan of a call."""
+    assert call.grid is not None
+    batch, heads, tokens, head_dim = call.q.shape
+    capability = torch.cuda.get_device_capability(call.q.device) if call.q.device.type == "cuda" else (0, 0)
+    return make(batch, heads, call.k.shape[1], tokens, head_dim, call.q.dtype, call.key_mask is not None, call.grid, capability)

@@ -1,0 +1,164 @@
+"""Preparation: tile-ordered k and v, block means, pooled within-block covariances, sub-means of query units."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from taylor_patch.backends.near_far.layout import block_tokens, unit_tokens
+
+LOG2E = tl.constexpr(1.4426950408889634)
+TINY = tl.constexpr(1.1754943508222875e-38)
+
+
+@triton.jit
+def _gather_part(k_base, stride_kn, stride_kd, x_base, stride_xn, stride_xd, mask_base,
+                 x_out_ptr, bias_out_ptr, mean_ptr, log_mass_ptr, trace_ptr, centre_ptr, partial_ptr, partial_mass_ptr,
+                 lane, split, n_splits, column, blocks_each, n_key_blocks, n_image_blocks,
+                 GRID_T, GRID_H, GRID_W, START, OUTSIDE, TILE_T: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
+                 D: tl.constexpr, DIM: tl.constexpr, COLUMNS: tl.constexpr, IS_KEY: tl.constexpr, MASKED: tl.constexpr,
+                 BIASED: tl.constexpr, COVARIANCE_DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """One split of the blocks of one lane. x is k or v, of which the program handles the columns from `column` on."""
+    place = tl.arange(0, 64)
+    dim = tl.arange(0, DIM)
+    part = column + tl.arange(0, COLUMNS)
+    centre = tl.zeros((COLUMNS,), tl.float32)
+    if IS_KEY:
+        # Any centre is right: it only keeps the rounding of the block means small. So a mean of 64 keys does.
+        some = (START + place.to(tl.int64) * (GRID_T * GRID_H * GRID_W) // 64)[:, None]
+        keys = tl.load(k_base + some * stride_kn + part[None, :] * stride_kd, mask=part[None, :] < D, other=0.0)
+        centre = tl.sum(keys.to(tl.float32), 0) / 64
+        if split == 0:
+            tl.store(centre_ptr + lane * DIM + part, centre)
+    covariance = tl.zeros((DIM, COLUMNS), tl.float32)
+    total = 0.0
+    total_trace = 0.0
+    for block in range(split * blocks_each, tl.minimum((split + 1) * blocks_each, n_key_blocks)):
+        in_image = block < n_image_blocks
+        token, filled = block_tokens(block, place, n_image_blocks, GRID_T, GRID_H, GRID_W, START, OUTSIDE, TILE_T, TILE_H, TILE_W)
+        token = token.to(tl.int64)
+        k = tl.load(k_base + token[:, None] * stride_kn + dim[None, :] * stride_kd, mask=filled[:, None] & (dim[None, :] < D),
+                    other=0.0).to(tl.float32)
+        x = tl.load(x_base + token[:, None] * stride_xn + part[None, :] * stride_xd, mask=filled[:, None] & (part[None, :] < D), other=0.0)
+        row = (lane * n_key_blocks + block) * 64 + place
+        tl.store(x_out_ptr + row[:, None] * DIM + part[None, :], x)
+        x = x.to(tl.float32)
+        bias = tl.where(filled, 0.0, float("-inf"))
+        if MASKED:
+            bias = tl.load(mask_base + token, mask=filled, other=float("-inf"))
+        weight = tl.exp(bias)
+        mass = tl.sum(weight, 0)
+        share = weight / tl.maximum(mass, TINY)
+        mean_x = tl.sum(x * share[:, None], 0)
+        apart = k - tl.sum(k * share[:, None], 0)[None, :]  # [64, DIM]
+        weighted = (apart * tl.where(in_image, weight, 0.0)[:, None]).to(COVARIANCE_DTYPE)
+        covariance = tl.dot(tl.trans(weighted), (x - mean_x[None, :]).to(COVARIANCE_DTYPE), covariance, input_precision=PRECISION)
+        image_block = lane * n_image_blocks + block
+        if in_image:
+            tl.store(mean_ptr + image_block * DIM + part, (mean_x - centre).to(mean_ptr.dtype.element_ty))
+        if IS_KEY:
+            trace = tl.sum(share * tl.sum(apart * apart, 1), 0)
+            total += tl.where(in_image, mass, 0.0)
+            total_trace += tl.where(in_image, mass * trace, 0.0)
+            if in_image and column == 0:
+                tl.store(log_mass_ptr + image_block, tl.log2(mass))
+                tl.store(trace_ptr + image_block, trace)
+            if BIASED and column == 0:
+                tl.store(bias_out_ptr + row, bias * LOG2E)
+    at = lane * n_splits + split
+    column_out = tl.where(IS_KEY, 0, DIM) + part
+    tl.store(partial_ptr + (at * DIM + dim[:, None]) * (2 * DIM) + column_out[None, :], covariance)
+    if IS_KEY and column == 0:
+        tl.store(partial_mass_ptr + at * 2, total)
+        tl.store(partial_mass_ptr + at * 2 + 1, total_trace)
+
+
+@triton.jit
+def gather_kernel(k_ptr, stride_kb, stride_kh, stride_kn, stride_kd, v_ptr, stride_vb, stride_vh, stride_vn, stride_vd,
+                  mask_ptr, stride_mb, k_out_ptr, v_out_ptr, bias_out_ptr, mean_k_ptr, mean_v_ptr, log_mass_ptr, trace_ptr, centre_ptr,
+                  partial_ptr, partial_mass_ptr, first_lane, n_heads, blocks_each, n_key_blocks, n_image_blocks,
+                  GRID_T, GRID_H, GRID_W, START, OUTSIDE, TILE_T: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
+                  D: tl.constexpr, DIM: tl.constexpr, COLUMNS: tl.constexpr, MASKED: tl.constexpr, BIASED: tl.constexpr,
+                  COVARIANCE_DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """k and v [B, H_kv, N, D] -> the same in tile order, block means (of k less a centre), log2 masses, traces, and per split
+
+        sum over blocks and keys of w (k - k_b) (k - k_b)'  and  w (k - k_b) (v - v_b)',    w = exp(bias).
+
+    Grid (2 DIM / COLUMNS, splits, lanes): the programs of k and v stand beside each other and share k in the L2 cache.
+    """
+    split = tl.program_id(1)
+    lane = tl.program_id(2).to(tl.int64)
+    batch, head = (first_lane + lane) // n_heads, (first_lane + lane) % n_heads
+    k_base = k_ptr + batch * stride_kb + head * stride_kh
+    v_base = v_ptr + batch * stride_vb + head * stride_vh
+    mask_base = mask_ptr + batch * stride_mb
+    column = tl.program_id(0) * COLUMNS
+    if column < DIM:
+        _gather_part(k_base, stride_kn, stride_kd, k_base, stride_kn, stride_kd, mask_base,
+                     k_out_ptr, bias_out_ptr, mean_k_ptr, log_mass_ptr, trace_ptr, centre_ptr, partial_ptr, partial_mass_ptr,
+                     lane, split, tl.num_programs(1), column, blocks_each, n_key_blocks, n_image_blocks,
+                     GRID_T, GRID_H, GRID_W, START, OUTSIDE, TILE_T, TILE_H, TILE_W,
+                     D, DIM, COLUMNS, True, MASKED, BIASED, COVARIANCE_DTYPE, PRECISION)
+    else:
+        _gather_part(k_base, stride_kn, stride_kd, v_base, stride_vn, stride_vd, mask_base,
+                     v_out_ptr, bias_out_ptr, mean_v_ptr, log_mass_ptr, trace_ptr, centre_ptr, partial_ptr, partial_mass_ptr,
+                     lane, split, tl.num_programs(1), column - DIM, blocks_each, n_key_blocks, n_image_blocks,
+                     GRID_T, GRID_H, GRID_W, START, OUTSIDE, TILE_T, TILE_H, TILE_W,
+                     D, DIM, COLUMNS, False, MASKED, BIASED, COVARIANCE_DTYPE, PRECISION)
+
+
+@triton.jit
+def pool_kernel(partial_ptr, partial_mass_ptr, covariance_ptr, column_scale_ptr, n_splits, DIM: tl.constexpr, COLUMNS: tl.constexpr):
+    """Sums of the splits -> [DIM, 2 DIM]: S_w / mean trace and C_w, each column divided by its largest value.
+
+    The column scales are float32, so that half precision holds covariances of any size. Grid (2 DIM / COLUMNS, lanes).
+    """
+    lane = tl.program_id(1).to(tl.int64)
+    dim = tl.arange(0, DIM)
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    pooled = tl.zeros((DIM, COLUMNS), tl.float32)
+    total = 0.0
+    total_trace = 0.0
+    for split in range(n_splits):
+        at = lane * n_splits + split
+        pooled += tl.load(partial_ptr + (at * DIM + dim[:, None]) * (2 * DIM) + column[None, :])
+        total += tl.load(partial_mass_ptr + at * 2)
+        total_trace += tl.load(partial_mass_ptr + at * 2 + 1)
+    largest = tl.maximum(tl.max(tl.abs(pooled), 0), TINY)
+    unit = tl.where(column < DIM, total_trace, total)
+    out = covariance_ptr + (lane * DIM + dim[:, None]) * (2 * DIM) + column[None, :]
+    tl.store(out, (pooled / largest[None, :]).to(covariance_ptr.dtype.element_ty))
+    tl.store(column_scale_ptr + lane * (2 * DIM) + column, tl.where(unit > TINY, largest / tl.maximum(unit, TINY), 0.0))
+
+
+@triton.jit
+def sample_kernel(q_ptr, stride_qb, stride_qh, stride_qn, stride_qd, sample_ptr, share_ptr, histogram_ptr,
+                  first_head, n_heads, n_image_units, n_image_blocks, GRID_T, GRID_H, GRID_W, START, OUTSIDE,
+                  TILE_T: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr, UNIT_BLOCKS: tl.constexpr,
+                  D: tl.constexpr, DIM: tl.constexpr, SAMPLES: tl.constexpr, BINS: tl.constexpr):
+    """Means of each quarter of a query unit [heads, SAMPLES, units, DIM] and the quarters' shares of its tokens [SAMPLES, units].
+
+    Clears the histogram too. Grid (image units, query heads of the round).
+    """
+    unit = tl.program_id(0)
+    lane = tl.program_id(1).to(tl.int64)
+    batch, head = (first_head + lane) // n_heads, (first_head + lane) % n_heads
+    ROWS: tl.constexpr = UNIT_BLOCKS * 64 // SAMPLES
+    dim = tl.arange(0, DIM)
+    all_rows = tl.arange(0, UNIT_BLOCKS * 64)
+    _, all_filled = unit_tokens(unit, all_rows, n_image_units, n_image_blocks, GRID_T, GRID_H, GRID_W, START, OUTSIDE,
+                                TILE_T, TILE_H, TILE_W, UNIT_BLOCKS)
+    members = tl.sum(all_filled.to(tl.float32), 0)
+    for part in tl.static_range(SAMPLES):
+        row = part * ROWS + tl.arange(0, ROWS)
+        token, filled = unit_tokens(unit, row, n_image_units, n_image_blocks, GRID_T, GRID_H, GRID_W, START, OUTSIDE,
+                                    TILE_T, TILE_H, TILE_W, UNIT_BLOCKS)
+        q = tl.load(q_ptr + batch * stride_qb + head * stride_qh + token.to(tl.int64)[:, None] * stride_qn + dim[None, :] * stride_qd,
+                    mask=filled[:, None] & (dim[None, :] < D), other=0.0)
+        count = tl.sum(filled.to(tl.float32), 0)
+        mean = tl.sum(q.to(tl.float32), 0) / tl.maximum(count, 1.0)
+        tl.store(sample_ptr + ((lane * SAMPLES + part) * n_image_units + unit) * DIM + dim, mean.to(sample_ptr.dtype.element_ty))
+        if lane == 0:
+            tl.store(share_ptr + part * n_image_units + unit, count / tl.maximum(members, 1.0))
+    if unit == 0:
+        tl.store(histogram_ptr + lane * BINS + tl.arange(0, BINS), tl.zeros((BINS,), tl.int32))
