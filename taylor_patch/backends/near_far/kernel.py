@@ -15,19 +15,20 @@ ZEROTH = tl.constexpr(1)
 def _rows(x, base, first, n, DIM: tl.constexpr, ROWS: tl.constexpr, TMA: tl.constexpr, FULL: tl.constexpr):
     """Rows base + first on of x [*, DIM], ROWS of them; n is the number of rows after base. x: a pointer, or a descriptor with TMA."""
     if TMA:
-        return x.load([(base + first).to(tl.int32), 0])
-    row = first + tl.arange(0, ROWS)
-    at = x + base * DIM + row[:, None] * DIM + tl.arange(0, DIM)[None, :]
-    if FULL:
-        return tl.load(at)
-    return tl.load(at, mask=(row < n)[:, None], other=0.0)
+        rows = x.load([(base + first).to(tl.int32), 0])
+    else:
+        row = first + tl.arange(0, ROWS)
+        at = x + base * DIM + row[:, None] * DIM + tl.arange(0, DIM)[None, :]
+        rows = tl.load(at) if FULL else tl.load(at, mask=(row < n)[:, None], other=0.0)
+    return rows
 
 
 @triton.jit
 def attend_kernel(q_ptr, stride_qb, stride_qh, stride_qn, stride_qd, out_ptr, stride_ob, stride_oh, stride_on, stride_od,
-                  k, v, bias_ptr, mean_k, mean_v, log_mass_ptr, trace_ptr, centre_ptr, covariance_ptr, column_scale_ptr,
+                  k, v, bias_ptr, mean_k, mean_v, log_mass_ptr, trace_ptr, centre_ptr, covariance, column_scale_ptr,
                   near_ptr, list_ptr, count_ptr, scale, first_head, n_heads, GROUP,
-                  n_units, n_image_units, n_image_blocks, n_key_blocks, GRID_T, GRID_H, GRID_W, START, OUTSIDE,
+                  n_units, n_image_units, n_image_blocks, n_key_blocks, far_stride,
+                  GRID_T, GRID_H, GRID_W, START, OUTSIDE,
                   TILE_T: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr, UNIT_BLOCKS: tl.constexpr,
                   D: tl.constexpr, DIM: tl.constexpr, FAR: tl.constexpr, PAIR: tl.constexpr, BIASED: tl.constexpr,
                   TAIL: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr):
@@ -35,8 +36,8 @@ def attend_kernel(q_ptr, stride_qb, stride_qh, stride_qn, stride_qd, out_ptr, st
 
         weight n_b exp(scale q.k_b + 1/2 t_b scale^2 q' S_w q)  and  value v_b + scale C_w' q.
 
-    k, v, mean_k, mean_v: [lanes * blocks (* 64), DIM], pointers or descriptors. near: [heads, image units, image blocks], 1 where a block is
-    exact; list and count hold the same by unit. Logits are in units of log2; sums are float32. Grid (units, query heads of the round);
+    k, v, mean_k, mean_v: [lanes * blocks (* 64), DIM], covariance [lanes * 2 DIM, DIM], pointers or descriptors. near: [heads, image units, far_stride], 1 where a block is exact
+    or does not exist; list and count hold the same by unit. Logits are in units of log2; sums are float32. Grid (units, query heads of the round);
     units outside the image come first, because they are the longest.
     """
     unit = n_units - 1 - tl.program_id(0)
@@ -48,31 +49,26 @@ def attend_kernel(q_ptr, stride_qb, stride_qh, stride_qn, stride_qd, out_ptr, st
     dim = tl.arange(0, DIM)
     token, filled = unit_tokens(unit, tl.arange(0, ROWS), n_image_units, n_image_blocks, GRID_T, GRID_H, GRID_W, START, OUTSIDE,
                                 TILE_T, TILE_H, TILE_W, UNIT_BLOCKS)
-    token = token.to(tl.int64)
-    inside = filled[:, None] & (dim[None, :] < D)
-    q = tl.load(q_ptr + batch * stride_qb + head * stride_qh + token[:, None] * stride_qn + dim[None, :] * stride_qd, mask=inside, other=0.0)
+    q = tl.load(q_ptr + batch * stride_qb + head * stride_qh + token.to(tl.int64)[:, None] * stride_qn + dim[None, :] * stride_qd,
+                mask=filled[:, None] & (dim[None, :] < D), other=0.0)
     top = tl.full((ROWS,), -1.0e30, tl.float32)
     mass = tl.zeros((ROWS,), tl.float32)
     total = tl.zeros((ROWS, DIM), tl.float32)
     if TAIL >= ZEROTH:
-        covariance = covariance_ptr + (kv_lane * DIM + dim[:, None]) * (2 * DIM) + dim[None, :]
-        column_scale = column_scale_ptr + kv_lane * (2 * DIM) + dim
         spread = tl.zeros((ROWS,), tl.float32)
         if TAIL == CUMULANT:
-            qs = tl.dot(q, tl.load(covariance), input_precision=PRECISION) * tl.load(column_scale)[None, :]
+            qs = tl.dot(q, _rows(covariance, kv_lane * (2 * DIM), 0, DIM, DIM, DIM, TMA, True), input_precision=PRECISION)
+            qs *= tl.load(column_scale_ptr + kv_lane * (2 * DIM) + dim)[None, :]
             spread = tl.sum(qs * q.to(tl.float32), 1) * (0.5 * scale * factor)
-        near_row = near_ptr + (lane * n_image_units + unit) * n_image_blocks
+        near_row = near_ptr + (lane * n_image_units + unit) * far_stride
         far_blocks = tl.where(unit < n_image_units, n_image_blocks, 0)
         for first in range(0, far_blocks, FAR):
             block = first + tl.arange(0, FAR)
-            real = block < n_image_blocks
             mean = _rows(mean_k, kv_lane * n_image_blocks, first, n_image_blocks, DIM, FAR, TMA, False)
-            near = tl.load(near_row + block, mask=real, other=1)
-            log_mass = tl.load(log_mass_ptr + kv_lane * n_image_blocks + block, mask=real, other=0.0)
-            log_mass = tl.where(near == 0, log_mass, float("-inf"))
+            log_mass = tl.where(tl.load(near_row + block) == 0, tl.load(log_mass_ptr + kv_lane * far_stride + block), float("-inf"))
             logit = tl.dot(q, tl.trans(mean), input_precision=PRECISION) * factor + log_mass[None, :]
             if TAIL == CUMULANT:
-                trace = tl.load(trace_ptr + kv_lane * n_image_blocks + block, mask=real, other=0.0)
+                trace = tl.load(trace_ptr + kv_lane * far_stride + block)
                 logit += spread[:, None] * trace[None, :]
             new_top = tl.maximum(top, tl.max(logit, 1))
             weight = tl.exp2(logit - new_top[:, None])
@@ -81,15 +77,14 @@ def attend_kernel(q_ptr, stride_qb, stride_qh, stride_qn, stride_qd, out_ptr, st
             value = _rows(mean_v, kv_lane * n_image_blocks, first, n_image_blocks, DIM, FAR, TMA, False)
             total = tl.dot(weight.to(value.dtype), value, total * shrink[:, None], input_precision=PRECISION)
             top = new_top
-        if TAIL == CUMULANT:
-            linear = tl.dot(q, tl.load(covariance + DIM), input_precision=PRECISION) * (tl.load(column_scale + DIM) * scale)[None, :]
-            total += mass[:, None] * linear
         # The means are those of k less a centre; from here on logits are those of k itself.
         centre = tl.load(centre_ptr + kv_lane * DIM + dim)
         top += tl.sum(q.to(tl.float32) * centre[None, :], 1) * factor
+    tail_top, tail_mass = top, mass
     blocks = list_ptr + (lane * n_units + unit) * n_key_blocks
     n_blocks = tl.load(count_ptr + lane * n_units + unit)
     base = kv_lane * n_key_blocks * 64
+    block = 0
     for j in range(0, n_blocks, PAIR):
         block = tl.load(blocks + j)
         logit = tl.dot(q, tl.trans(_rows(k, base + block * 64, 0, 64, DIM, 64, TMA, True)), input_precision=PRECISION)
@@ -122,6 +117,19 @@ def attend_kernel(q_ptr, stride_qb, stride_qh, stride_qn, stride_qd, out_ptr, st
             other_value = _rows(v, base + other * 64, 0, 64, DIM, 64, TMA, True)
             total = tl.dot(other_weight.to(other_value.dtype), other_value, total, input_precision=PRECISION)
         top = new_top
-    total = tl.where(mass[:, None] > 0, total / mass[:, None], 0.0)
-    tl.store(out_ptr + batch * stride_ob + head * stride_oh + token[:, None] * stride_on + dim[None, :] * stride_od,
-             total.to(out_ptr.dtype.element_ty), mask=inside)
+    # 0, but only known after the loop: addresses that depend on it take no registers during the loop.
+    late = tl.where(block < 0, 1, 0)
+    norm = tl.where(mass > 0, 1.0 / mass, 0.0)
+    total *= norm[:, None]
+    if TAIL == CUMULANT:
+        # total + share of the tail * C_w' q, in one accumulator: the share is multiplied into q, the columns' scale divided out before.
+        share = tail_mass * tl.exp2(tail_top - top) * norm
+        column_scale = tl.load(column_scale_ptr + kv_lane * (2 * DIM) + DIM + late + dim)
+        total *= tl.where(column_scale > 0, 1.0 / column_scale, 1.0)[None, :]
+        linear = _rows(covariance, kv_lane * (2 * DIM) + DIM + late, 0, DIM, DIM, DIM, TMA, True)
+        total = tl.dot((q.to(tl.float32) * (share * scale)[:, None]).to(q.dtype), linear, total, input_precision=PRECISION)
+        total *= tl.where(column_scale > 0, column_scale, 1.0)[None, :]
+    token, filled = unit_tokens(unit + late, tl.arange(0, ROWS), n_image_units, n_image_blocks, GRID_T, GRID_H, GRID_W, START, OUTSIDE,
+                                TILE_T, TILE_H, TILE_W, UNIT_BLOCKS)
+    out = out_ptr + batch * stride_ob + head * stride_oh + token.to(tl.int64)[:, None] * stride_on + dim[None, :] * stride_od
+    tl.store(out, total.to(out_ptr.dtype.element_ty), mask=filled[:, None] & (dim[None, :] < D))

@@ -79,10 +79,10 @@ def prepare(plan: plans.Plan, space: dict[str, Tensor], q: Tensor, k: Tensor, v:
     gather_kernel[(2 * plan.dim // columns, plan.splits, lanes)](
         k, *k.stride(), v, *v.stride(), mask, stride_mb, space["k"], space["v"], space["bias"], space["mean_k"], space["mean_v"],
         space["log_mass"], space["trace"], space["centre"], space["partial_covariance"], space["partial_mass"], first, plan.heads_kv,
-        -(-plan.key_blocks // plan.splits), plan.key_blocks, plan.image_blocks, *_geometry(plan), plan.head_dim, plan.dim, columns,
+        -(-plan.key_blocks // plan.splits), plan.key_blocks, plan.image_blocks, plan.far_stride, *_geometry(plan), plan.head_dim, plan.dim, columns,
         key_mask is not None, plan.biased, covariance_dtype, _precision(plan), num_warps=8)
-    pool_kernel[(plan.dim // 16, lanes)](space["partial_covariance"], space["partial_mass"], space["covariance"], space["column_scale"],
-                                         plan.splits, plan.dim, 32)
+    pool_kernel[(plan.dim // 16, 2, lanes)](space["partial_covariance"], space["partial_mass"], space["covariance"], space["column_scale"],
+                                         plan.splits, plan.dim, 16)
     sample_kernel[(plan.image_units, lanes * plan.group)](
         q, *q.stride(), space["sample"], space["sample_share"], space["histogram"], first * plan.group, plan.heads, plan.image_units,
         plan.image_blocks, *_geometry(plan), plan.tiles.unit_blocks, plan.head_dim, plan.dim, plans.ROUTING_SAMPLES, plans.BINS)
@@ -94,26 +94,27 @@ def select(plan: plans.Plan, space: dict[str, Tensor], lanes: int, scale: float,
     narrow = plan.dim > 128 or plan.dtype == torch.float32
     score_kernel[(triton.cdiv(plan.image_units, 64), heads)](
         space["sample"], space["sample_share"], space["mean_k"], space["log_mass"], space["code"], space["best"], space["histogram"],
-        scale * 1.4426950408889634, plan.image_units, plan.image_blocks, plan.group, plan.dim, 64, 32 if narrow else 64, plans.BINS,
+        scale * 1.4426950408889634, plan.image_units, plan.image_blocks, plan.far_stride, plan.group, plan.dim, 64, 32 if narrow else 64, plans.BINS,
         _precision(plan), num_warps=4, num_stages=1 if narrow else 2)
     select_kernel[(triton.cdiv(plan.units, 8), heads)](
         space["code"], space["best"], space["histogram"], space["log_mass"], space["list"], space["count"], plan.wanted(density),
-        plan.units, plan.image_units, plan.image_blocks, plan.key_blocks, plan.group, plan.tiles.unit_blocks, 8, 128, plans.BINS)
+        plan.units, plan.image_units, plan.image_blocks, plan.key_blocks, plan.far_stride, plan.group, plan.tiles.unit_blocks, 8, 128, plans.BINS)
 
 
 def attend_round(plan: plans.Plan, space: dict[str, Tensor], q: Tensor, out: Tensor, first: int, lanes: int, scale: float,
                  tail: str) -> None:
     """Attention of the lanes from `first` on, from a filled workspace into `out`."""
     tiles = plan.tiles
-    k, v, mean_k, mean_v = (space[name].view(-1, plan.dim) for name in ("k", "v", "mean_k", "mean_v"))
+    k, v, mean_k, mean_v, covariance = (space[name].view(-1, plan.dim) for name in ("k", "v", "mean_k", "mean_v", "covariance"))
     if tiles.tma:
         from triton.tools.tensor_descriptor import TensorDescriptor
 
         k, v = (TensorDescriptor.from_tensor(x, [64, plan.dim]) for x in (k, v))
         mean_k, mean_v = (TensorDescriptor.from_tensor(x, [tiles.far, plan.dim]) for x in (mean_k, mean_v))
+        covariance = TensorDescriptor.from_tensor(covariance, [plan.dim, plan.dim])
     attend_kernel[(plan.units, lanes * plan.group)](
         q, *q.stride(), out, *out.stride(), k, v, space["bias"], mean_k, mean_v, space["log_mass"], space["trace"], space["centre"],
-        space["covariance"], space["column_scale"], space["code"], space["list"], space["count"], scale, first * plan.group, plan.heads,
-        plan.group, plan.units, plan.image_units, plan.image_blocks, plan.key_blocks, *_geometry(plan), tiles.unit_blocks,
+        covariance, space["column_scale"], space["code"], space["list"], space["count"], scale, first * plan.group, plan.heads,
+        plan.group, plan.units, plan.image_units, plan.image_blocks, plan.key_blocks, plan.far_stride, *_geometry(plan), tiles.unit_blocks,
         plan.head_dim, plan.dim, tiles.far, tiles.pair, plan.biased, TAILS[tail], tiles.tma, _precision(plan),
-        num_warps=tiles.warps, num_stages=tiles.stages)
+        num_warps=tiles.warps, num_stages=tiles.stages, maxnreg=tiles.registers or None)

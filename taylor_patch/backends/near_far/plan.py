@@ -31,7 +31,8 @@ class Tiles:
     """Tile sizes and launch parameters of the attention kernel.
 
     unit_blocks: blocks of 64 queries that share one list of near blocks. pair: key blocks of one step of the near field.
-    far: block means of one step of the far field. tma: tiles of k and v come through the tensor memory accelerator.
+    far: block means of one step of the far field. registers: limit per thread, 0 for none; two programs share a multiprocessor where 8
+    warps have at most 128. tma: tiles of k and v come through the tensor memory accelerator.
     """
 
     unit_blocks: int = 1
@@ -39,6 +40,7 @@ class Tiles:
     far: int = 64
     warps: int = 4
     stages: int = 2
+    registers: int = 0
     tma: bool = False
 
 
@@ -92,6 +94,11 @@ class Plan:
         return math.prod(-(-size // part) for size, part in zip((self.grid.t, self.grid.h, self.grid.w), self.tile, strict=True))
 
     @property
+    def far_stride(self) -> int:
+        """image_blocks rounded up: length of the rows that the far field reads without masks."""
+        return -(-self.image_blocks // 128) * 128
+
+    @property
     def outside(self) -> int:
         """Tokens outside the image."""
         return self.tokens - self.grid.tokens
@@ -137,16 +144,16 @@ class Plan:
         yield "bias", (self.key_blocks * BLOCK if self.biased else 0,), full
         yield "mean_k", (self.image_blocks, dim), half
         yield "mean_v", (self.image_blocks, dim), half
-        yield "log_mass", (self.image_blocks,), full
-        yield "trace", (self.image_blocks,), full
+        yield "log_mass", (self.far_stride,), full
+        yield "trace", (self.far_stride,), full
         yield "centre", (dim,), full
-        yield "covariance", (dim, 2 * dim), half
+        yield "covariance", (2 * dim, dim), half
         yield "column_scale", (2 * dim,), full
-        yield "partial_covariance", (splits, dim, 2 * dim), full
+        yield "partial_covariance", (splits, 2 * dim, dim), full
         yield "partial_mass", (splits, 2), full
         yield "sample", (self.group, ROUTING_SAMPLES, self.image_units, dim), half
         yield "sample_share", (ROUTING_SAMPLES, self.image_units), full
-        yield "code", (self.group, self.image_units, self.image_blocks), torch.int16
+        yield "code", (self.group, self.image_units, self.far_stride), torch.int16
         yield "best", (self.group, self.image_units), torch.int32
         yield "histogram", (self.group, BINS), torch.int32
         yield "list", (self.group, self.units, self.key_blocks), torch.int32

@@ -14,7 +14,7 @@ TINY = tl.constexpr(1.1754943508222875e-38)
 @triton.jit
 def _gather_part(k_base, stride_kn, stride_kd, x_base, stride_xn, stride_xd, mask_base,
                  x_out_ptr, bias_out_ptr, mean_ptr, log_mass_ptr, trace_ptr, centre_ptr, partial_ptr, partial_mass_ptr,
-                 lane, split, n_splits, column, blocks_each, n_key_blocks, n_image_blocks,
+                 lane, split, n_splits, column, blocks_each, n_key_blocks, n_image_blocks, far_stride,
                  GRID_T, GRID_H, GRID_W, START, OUTSIDE, TILE_T: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
                  D: tl.constexpr, DIM: tl.constexpr, COLUMNS: tl.constexpr, IS_KEY: tl.constexpr, MASKED: tl.constexpr,
                  BIASED: tl.constexpr, COVARIANCE_DTYPE: tl.constexpr, PRECISION: tl.constexpr):
@@ -30,6 +30,9 @@ def _gather_part(k_base, stride_kn, stride_kd, x_base, stride_xn, stride_xd, mas
         centre = tl.sum(keys.to(tl.float32), 0) / 64
         if split == 0:
             tl.store(centre_ptr + lane * DIM + part, centre)
+            if column == 0:
+                beyond = n_image_blocks + tl.arange(0, 128)
+                tl.store(trace_ptr + lane * far_stride + beyond, tl.zeros((128,), tl.float32), mask=beyond < far_stride)
     covariance = tl.zeros((DIM, COLUMNS), tl.float32)
     total = 0.0
     total_trace = 0.0
@@ -53,21 +56,20 @@ def _gather_part(k_base, stride_kn, stride_kd, x_base, stride_xn, stride_xd, mas
         apart = k - tl.sum(k * share[:, None], 0)[None, :]  # [64, DIM]
         weighted = (apart * tl.where(in_image, weight, 0.0)[:, None]).to(COVARIANCE_DTYPE)
         covariance = tl.dot(tl.trans(weighted), (x - mean_x[None, :]).to(COVARIANCE_DTYPE), covariance, input_precision=PRECISION)
-        image_block = lane * n_image_blocks + block
         if in_image:
-            tl.store(mean_ptr + image_block * DIM + part, (mean_x - centre).to(mean_ptr.dtype.element_ty))
+            tl.store(mean_ptr + (lane * n_image_blocks + block) * DIM + part, (mean_x - centre).to(mean_ptr.dtype.element_ty))
         if IS_KEY:
             trace = tl.sum(share * tl.sum(apart * apart, 1), 0)
             total += tl.where(in_image, mass, 0.0)
             total_trace += tl.where(in_image, mass * trace, 0.0)
             if in_image and column == 0:
-                tl.store(log_mass_ptr + image_block, tl.log2(mass))
-                tl.store(trace_ptr + image_block, trace)
+                tl.store(log_mass_ptr + lane * far_stride + block, tl.log2(mass))
+                tl.store(trace_ptr + lane * far_stride + block, trace)
             if BIASED and column == 0:
                 tl.store(bias_out_ptr + row, bias * LOG2E)
     at = lane * n_splits + split
-    column_out = tl.where(IS_KEY, 0, DIM) + part
-    tl.store(partial_ptr + (at * DIM + dim[:, None]) * (2 * DIM) + column_out[None, :], covariance)
+    row_out = at * (2 * DIM) + (0 if IS_KEY else DIM) + dim
+    tl.store(partial_ptr + row_out[:, None] * DIM + part[None, :], covariance)
     if IS_KEY and column == 0:
         tl.store(partial_mass_ptr + at * 2, total)
         tl.store(partial_mass_ptr + at * 2 + 1, total_trace)
@@ -76,7 +78,7 @@ def _gather_part(k_base, stride_kn, stride_kd, x_base, stride_xn, stride_xd, mas
 @triton.jit
 def gather_kernel(k_ptr, stride_kb, stride_kh, stride_kn, stride_kd, v_ptr, stride_vb, stride_vh, stride_vn, stride_vd,
                   mask_ptr, stride_mb, k_out_ptr, v_out_ptr, bias_out_ptr, mean_k_ptr, mean_v_ptr, log_mass_ptr, trace_ptr, centre_ptr,
-                  partial_ptr, partial_mass_ptr, first_lane, n_heads, blocks_each, n_key_blocks, n_image_blocks,
+                  partial_ptr, partial_mass_ptr, first_lane, n_heads, blocks_each, n_key_blocks, n_image_blocks, far_stride,
                   GRID_T, GRID_H, GRID_W, START, OUTSIDE, TILE_T: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
                   D: tl.constexpr, DIM: tl.constexpr, COLUMNS: tl.constexpr, MASKED: tl.constexpr, BIASED: tl.constexpr,
                   COVARIANCE_DTYPE: tl.constexpr, PRECISION: tl.constexpr):
@@ -96,39 +98,41 @@ def gather_kernel(k_ptr, stride_kb, stride_kh, stride_kn, stride_kd, v_ptr, stri
     if column < DIM:
         _gather_part(k_base, stride_kn, stride_kd, k_base, stride_kn, stride_kd, mask_base,
                      k_out_ptr, bias_out_ptr, mean_k_ptr, log_mass_ptr, trace_ptr, centre_ptr, partial_ptr, partial_mass_ptr,
-                     lane, split, tl.num_programs(1), column, blocks_each, n_key_blocks, n_image_blocks,
+                     lane, split, tl.num_programs(1), column, blocks_each, n_key_blocks, n_image_blocks, far_stride,
                      GRID_T, GRID_H, GRID_W, START, OUTSIDE, TILE_T, TILE_H, TILE_W,
                      D, DIM, COLUMNS, True, MASKED, BIASED, COVARIANCE_DTYPE, PRECISION)
     else:
         _gather_part(k_base, stride_kn, stride_kd, v_base, stride_vn, stride_vd, mask_base,
                      v_out_ptr, bias_out_ptr, mean_v_ptr, log_mass_ptr, trace_ptr, centre_ptr, partial_ptr, partial_mass_ptr,
-                     lane, split, tl.num_programs(1), column - DIM, blocks_each, n_key_blocks, n_image_blocks,
+                     lane, split, tl.num_programs(1), column - DIM, blocks_each, n_key_blocks, n_image_blocks, far_stride,
                      GRID_T, GRID_H, GRID_W, START, OUTSIDE, TILE_T, TILE_H, TILE_W,
                      D, DIM, COLUMNS, False, MASKED, BIASED, COVARIANCE_DTYPE, PRECISION)
 
 
 @triton.jit
 def pool_kernel(partial_ptr, partial_mass_ptr, covariance_ptr, column_scale_ptr, n_splits, DIM: tl.constexpr, COLUMNS: tl.constexpr):
-    """Sums of the splits -> [DIM, 2 DIM]: S_w / mean trace and C_w, each column divided by its largest value.
+    """Sums of the splits -> [2, DIM, DIM]: S_w / mean trace and C_w, each column divided by its largest value.
 
-    The column scales are float32, so that half precision holds covariances of any size. Grid (2 DIM / COLUMNS, lanes).
+    The column scales are float32, so that half precision holds covariances of any size. Grid (DIM / COLUMNS, 2, lanes).
     """
-    lane = tl.program_id(1).to(tl.int64)
+    lane = tl.program_id(2).to(tl.int64)
+    which = tl.program_id(1)
     dim = tl.arange(0, DIM)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    at_row = which * DIM + dim
     pooled = tl.zeros((DIM, COLUMNS), tl.float32)
     total = 0.0
     total_trace = 0.0
     for split in range(n_splits):
         at = lane * n_splits + split
-        pooled += tl.load(partial_ptr + (at * DIM + dim[:, None]) * (2 * DIM) + column[None, :])
+        pooled += tl.load(partial_ptr + (at * (2 * DIM) + at_row[:, None]) * DIM + column[None, :])
         total += tl.load(partial_mass_ptr + at * 2)
         total_trace += tl.load(partial_mass_ptr + at * 2 + 1)
     largest = tl.maximum(tl.max(tl.abs(pooled), 0), TINY)
-    unit = tl.where(column < DIM, total_trace, total)
-    out = covariance_ptr + (lane * DIM + dim[:, None]) * (2 * DIM) + column[None, :]
+    unit = tl.where(which == 0, total_trace, total)
+    out = covariance_ptr + (lane * (2 * DIM) + at_row[:, None]) * DIM + column[None, :]
     tl.store(out, (pooled / largest[None, :]).to(covariance_ptr.dtype.element_ty))
-    tl.store(column_scale_ptr + lane * (2 * DIM) + column, tl.where(unit > TINY, largest / tl.maximum(unit, TINY), 0.0))
+    tl.store(column_scale_ptr + (lane * 2 + which) * DIM + column, tl.where(unit > TINY, largest / tl.maximum(unit, TINY), 0.0))
 
 
 @triton.jit

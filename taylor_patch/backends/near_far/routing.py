@@ -23,7 +23,7 @@ def _probability(q, mean, log_mass, factor, log_total, share, PRECISION: tl.cons
 
 @triton.jit
 def score_kernel(sample_ptr, share_ptr, mean_k_ptr, log_mass_ptr, code_ptr, best_ptr, histogram_ptr, factor,
-                 n_units, n_blocks, GROUP, DIM: tl.constexpr, UNITS: tl.constexpr, BLOCKS: tl.constexpr, BINS: tl.constexpr,
+                 n_units, n_blocks, far_stride, GROUP, DIM: tl.constexpr, UNITS: tl.constexpr, BLOCKS: tl.constexpr, BINS: tl.constexpr,
                  PRECISION: tl.constexpr):
     """Code [heads, units, blocks] of the mean softmax mass over the four samples of a unit: 64 steps an octave around the mean mass.
 
@@ -48,7 +48,7 @@ def score_kernel(sample_ptr, share_ptr, mean_k_ptr, log_mass_ptr, code_ptr, best
     for first in range(0, n_blocks, BLOCKS):
         block = first + tl.arange(0, BLOCKS)
         mean = tl.load(mean_base + block[:, None] * DIM + dim[None, :], mask=(block < n_blocks)[:, None], other=0.0)
-        log_mass = tl.load(log_mass_ptr + kv_lane * n_blocks + block, mask=block < n_blocks, other=float("-inf"))
+        log_mass = tl.load(log_mass_ptr + kv_lane * far_stride + block, mask=block < n_blocks, other=float("-inf"))
         top0, mass0 = _running_softmax(q0, mean, log_mass, factor, top0, mass0, PRECISION)
         top1, mass1 = _running_softmax(q1, mean, log_mass, factor, top1, mass1, PRECISION)
         top2, mass2 = _running_softmax(q2, mean, log_mass, factor, top2, mass2, PRECISION)
@@ -67,7 +67,7 @@ def score_kernel(sample_ptr, share_ptr, mean_k_ptr, log_mass_ptr, code_ptr, best
     for first in range(0, n_blocks, BLOCKS):
         block = first + tl.arange(0, BLOCKS)
         mean = tl.load(mean_base + block[:, None] * DIM + dim[None, :], mask=(block < n_blocks)[:, None], other=0.0)
-        log_mass = tl.load(log_mass_ptr + kv_lane * n_blocks + block, mask=block < n_blocks, other=float("-inf"))
+        log_mass = tl.load(log_mass_ptr + kv_lane * far_stride + block, mask=block < n_blocks, other=float("-inf"))
         mass = _probability(q0, mean, log_mass, factor, total0, share0, PRECISION)
         mass += _probability(q1, mean, log_mass, factor, total1, share1, PRECISION)
         mass += _probability(q2, mean, log_mass, factor, total2, share2, PRECISION)
@@ -78,7 +78,7 @@ def score_kernel(sample_ptr, share_ptr, mean_k_ptr, log_mass_ptr, code_ptr, best
         code = tl.maximum(tl.log2(mass * n_blocks) * 64 + BINS // 2, 0.0)
         code = tl.minimum(code, BINS - 1.0).to(tl.int32)
         valid = real[:, None] & (block < n_blocks)[None, :]
-        tl.store(code_ptr + (lane * n_units + unit[:, None]) * n_blocks + block[None, :], code.to(tl.int16), mask=valid)
+        tl.store(code_ptr + (lane * n_units + unit[:, None]) * far_stride + block[None, :], code.to(tl.int16), mask=valid)
         # What lies outside is counted in bin 0, where nothing depends on it.
         counts += tl.histogram(tl.reshape(tl.where(valid, code, 0), (UNITS * BLOCKS,)), BINS)
     tl.store(best_ptr + lane * n_units + unit, best, mask=real)
@@ -87,9 +87,10 @@ def score_kernel(sample_ptr, share_ptr, mean_k_ptr, log_mass_ptr, code_ptr, best
 
 @triton.jit
 def select_kernel(code_ptr, best_ptr, histogram_ptr, log_mass_ptr, list_ptr, count_ptr, wanted,
-                  n_units, n_image_units, n_image_blocks, n_key_blocks, GROUP,
+                  n_units, n_image_units, n_image_blocks, n_key_blocks, far_stride, GROUP,
                   UNIT_BLOCKS: tl.constexpr, UNITS: tl.constexpr, BLOCKS: tl.constexpr, BINS: tl.constexpr):
-    """Codes -> 1 where a block is near, else 0, in place; and each unit's near blocks as a list, blocks outside the image last.
+    """Codes -> 1 where a block is near, else 0, in place, and 1 in the padding of a row; and each unit's near blocks as a
+    list, blocks outside the image last.
 
     Near are the most massive bins of the head that hold at most `wanted` pairs, the unit's own blocks and its best one. Units of tokens
     outside the image see every block. Grid (units / UNITS, heads).
@@ -105,15 +106,14 @@ def select_kernel(code_ptr, best_ptr, histogram_ptr, log_mass_ptr, list_ptr, cou
     best = tl.load(best_ptr + lane * n_image_units + unit, mask=in_image, other=0)
     out = list_ptr + (lane * n_units + unit[:, None]) * n_key_blocks
     length = tl.zeros((UNITS,), tl.int32)
-    for first in range(0, n_key_blocks, BLOCKS):
+    for first in range(0, tl.maximum(n_key_blocks, far_stride), BLOCKS):
         block = (first + tl.arange(0, BLOCKS))[None, :]
-        known = in_image[:, None] & (block < n_image_blocks)
-        code_at = code_ptr + (lane * n_image_units + unit[:, None]) * n_image_blocks + block
-        code = tl.load(code_at, mask=known, other=0).to(tl.int32)
-        log_mass = tl.load(log_mass_ptr + kv_lane * n_image_blocks + block, mask=block < n_image_blocks, other=0.0)
+        code_at = code_ptr + (lane * n_image_units + unit[:, None]) * far_stride + block
+        code = tl.load(code_at, mask=in_image[:, None] & (block < n_image_blocks), other=0).to(tl.int32)
+        log_mass = tl.load(log_mass_ptr + kv_lane * far_stride + block, mask=block < n_image_blocks, other=0.0)
         near = (code >= threshold) | (block // UNIT_BLOCKS == unit[:, None]) | (block == best[:, None])
         near = (near & (log_mass > float("-inf"))) | (block >= n_image_blocks) | ~in_image[:, None]
-        tl.store(code_at, near.to(tl.int16), mask=known)
+        tl.store(code_at, near.to(tl.int16), mask=in_image[:, None] & (block < far_stride))
         near = (near & (block < n_key_blocks)).to(tl.int32)
         place = length[:, None] + tl.cumsum(near, 1) - 1
         tl.store(out + place, tl.broadcast_to(block, (UNITS, BLOCKS)), mask=(near > 0) & real[:, None])
