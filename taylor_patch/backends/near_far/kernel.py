@@ -87,17 +87,21 @@ def attend_kernel(q_ptr, stride_qb, stride_qh, stride_qn, stride_qd, out_ptr, st
     block = 0
     for j in range(0, n_blocks, PAIR):
         block = tl.load(blocks + j)
-        logit = tl.dot(q, tl.trans(_rows(k, base + block * 64, 0, 64, DIM, 64, TMA, True)), input_precision=PRECISION)
+        if PAIR == 1 or TMA:
+            key = _rows(k, base + block * 64, 0, 64, DIM, 64, TMA, True)
+        else:
+            key_row = tl.arange(0, 128)
+            key_row = base + tl.load(blocks + j + key_row // 64) * 64 + key_row % 64
+            key = tl.load(k + key_row[:, None] * DIM + dim[None, :])
+        logit = tl.dot(q, tl.trans(key), input_precision=PRECISION)
         if BIASED:
-            logit = logit * factor + tl.load(bias_ptr + base + block * 64 + tl.arange(0, 64))[None, :]
+            bias_row = base + block * 64 + tl.arange(0, 64) if PAIR == 1 or TMA else key_row
+            logit = logit * factor + tl.load(bias_ptr + bias_row)[None, :]
             highest = tl.max(logit, 1)
         else:
             highest = tl.max(logit, 1) * factor
-        if PAIR == 2:
-            # The last step of a list of odd length sees its block twice, the second time with weight 0.
-            second = j + 1 < n_blocks
-            other = tl.load(blocks + tl.where(second, j + 1, j))
-            off = tl.where(second, 0.0, float("inf"))
+        if PAIR == 2 and TMA:
+            other = tl.load(blocks + j + 1)
             other_logit = tl.dot(q, tl.trans(_rows(k, base + other * 64, 0, 64, DIM, 64, TMA, True)), input_precision=PRECISION)
             if BIASED:
                 other_logit = other_logit * factor + tl.load(bias_ptr + base + other * 64 + tl.arange(0, 64))[None, :]
@@ -109,10 +113,13 @@ def attend_kernel(q_ptr, stride_qb, stride_qh, stride_qn, stride_qd, out_ptr, st
         slope = 1.0 if BIASED else factor
         weight = tl.exp2(logit * slope - new_top[:, None])
         mass = mass * shrink + tl.sum(weight, 1)
-        value = _rows(v, base + block * 64, 0, 64, DIM, 64, TMA, True)
+        if PAIR == 1 or TMA:
+            value = _rows(v, base + block * 64, 0, 64, DIM, 64, TMA, True)
+        else:
+            value = tl.load(v + key_row[:, None] * DIM + dim[None, :])
         total = tl.dot(weight.to(value.dtype), value, total * shrink[:, None], input_precision=PRECISION)
-        if PAIR == 2:
-            other_weight = tl.exp2(other_logit * slope - (new_top + off)[:, None])
+        if PAIR == 2 and TMA:
+            other_weight = tl.exp2(other_logit * slope - new_top[:, None])
             mass += tl.sum(other_weight, 1)
             other_value = _rows(v, base + other * 64, 0, 64, DIM, 64, TMA, True)
             total = tl.dot(other_weight.to(other_value.dtype), other_value, total, input_precision=PRECISION)

@@ -13,6 +13,8 @@ from taylor_patch.backends.near_far.prepare import gather_kernel, pool_kernel, s
 from taylor_patch.backends.near_far.routing import score_kernel, select_kernel
 from taylor_patch.call import AttentionCall, TokenGrid
 
+SCORED_UNITS = 32
+"""Query units of one program of the routing kernel."""
 TAILS = {"none": 0, "zeroth": 1, "cumulant": 2}
 
 
@@ -73,14 +75,12 @@ def prepare(plan: plans.Plan, space: dict[str, Tensor], q: Tensor, k: Tensor, v:
             lanes: int) -> None:
     """Fill k, v, means, covariances and query samples of the lanes from `first` on."""
     columns = min(plan.dim, 128)
-    # bfloat16 holds any float16; the interpreter, which is what runs on the CPU, has no product of it.
-    covariance_dtype = tl.float32 if plan.dtype == torch.float32 or q.device.type == "cpu" else tl.bfloat16
     mask, stride_mb = (k, 0) if key_mask is None else (key_mask, key_mask.stride(0) if key_mask.shape[0] > 1 else 0)
     gather_kernel[(2 * plan.dim // columns, plan.splits, lanes)](
         k, *k.stride(), v, *v.stride(), mask, stride_mb, space["k"], space["v"], space["bias"], space["mean_k"], space["mean_v"],
         space["log_mass"], space["trace"], space["centre"], space["partial_covariance"], space["partial_mass"], first, plan.heads_kv,
         -(-plan.key_blocks // plan.splits), plan.key_blocks, plan.image_blocks, plan.far_stride, *_geometry(plan), plan.head_dim, plan.dim, columns,
-        key_mask is not None, plan.biased, covariance_dtype, _precision(plan), num_warps=8)
+        key_mask is not None, plan.biased, _precision(plan), num_warps=8, num_stages=2)
     pool_kernel[(plan.dim // 16, 2, lanes)](space["partial_covariance"], space["partial_mass"], space["covariance"], space["column_scale"],
                                          plan.splits, plan.dim, 16)
     sample_kernel[(plan.image_units, lanes * plan.group)](
@@ -92,9 +92,9 @@ def select(plan: plans.Plan, space: dict[str, Tensor], lanes: int, scale: float,
     """Near blocks of every query unit of a round, from the samples and block means."""
     heads = lanes * plan.group
     narrow = plan.dim > 128 or plan.dtype == torch.float32
-    score_kernel[(triton.cdiv(plan.image_units, 64), heads)](
+    score_kernel[(triton.cdiv(plan.image_units, SCORED_UNITS), heads)](
         space["sample"], space["sample_share"], space["mean_k"], space["log_mass"], space["code"], space["best"], space["histogram"],
-        scale * 1.4426950408889634, plan.image_units, plan.image_blocks, plan.far_stride, plan.group, plan.dim, 64, 32 if narrow else 64, plans.BINS,
+        scale * 1.4426950408889634, plan.image_units, plan.image_blocks, plan.far_stride, plan.group, plan.dim, SCORED_UNITS, 32 if narrow else 64, plans.BINS,
         _precision(plan), num_warps=4, num_stages=1 if narrow else 2)
     select_kernel[(triton.cdiv(plan.units, 8), heads)](
         space["code"], space["best"], space["histogram"], space["log_mass"], space["list"], space["count"], plan.wanted(density),

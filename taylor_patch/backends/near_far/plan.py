@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ GATHER_PROGRAMS = 1056
 ROUTING_SAMPLES = 4
 """Sub-means of a query unit that vote on its near blocks."""
 BINS = 2048
-"""Bins of the histogram of predicted masses, 64 an octave, around the mean mass."""
+"""Bins of the histogram of predicted masses."""
 
 CROSSOVER_TOKENS: dict[tuple[int, int], int] = {}
 """Compute capability -> tokens from which near_far was measured to be faster than exact attention."""
@@ -67,74 +67,80 @@ class Plan:
     grid: TokenGrid
     tiles: Tiles
 
-    @property
+    @cached_property
     def group(self) -> int:
         return self.heads // self.heads_kv
 
-    @property
+    @cached_property
     def lanes(self) -> int:
         return self.batch * self.heads_kv
 
-    @property
+    @cached_property
     def dim(self) -> int:
         """head_dim padded to a power of two."""
         return max(16, 1 << (self.head_dim - 1).bit_length())
 
-    @property
+    @cached_property
     def column_tiles(self) -> int:
         """Column tiles of at most 128 in which the preparation makes its covariances."""
         return max(1, self.dim // 128)
 
-    @property
+    @cached_property
     def tile(self) -> tuple[int, int, int]:
         return tile_shape(self.grid)
 
-    @property
+    @cached_property
     def image_blocks(self) -> int:
         return math.prod(-(-size // part) for size, part in zip((self.grid.t, self.grid.h, self.grid.w), self.tile, strict=True))
 
-    @property
+    @cached_property
     def far_stride(self) -> int:
         """image_blocks rounded up: length of the rows that the far field reads without masks."""
         return -(-self.image_blocks // 128) * 128
 
-    @property
+    @cached_property
     def outside(self) -> int:
         """Tokens outside the image."""
         return self.tokens - self.grid.tokens
 
-    @property
+    @cached_property
     def key_blocks(self) -> int:
-        return self.image_blocks + -(-self.outside // BLOCK)
+        """All key blocks; an even number, because the attention kernel takes two at a time, so that the last one may be empty."""
+        return -(-(self.image_blocks + -(-self.outside // BLOCK)) // 2) * 2
 
-    @property
+    @cached_property
     def image_units(self) -> int:
         return -(-self.image_blocks // self.tiles.unit_blocks)
 
-    @property
+    @cached_property
     def units(self) -> int:
         return self.image_units + -(-self.outside // (BLOCK * self.tiles.unit_blocks))
 
-    @property
+    @cached_property
     def biased(self) -> bool:
         """True where keys have a bias: a key mask, or blocks of fewer than 64 tokens."""
         return self.masked or self.tokens != self.key_blocks * BLOCK
 
-    @property
+    @cached_property
     def splits(self) -> int:
         """Programs of the preparation kernel per lane and part."""
         return max(1, min(self.key_blocks, GATHER_PROGRAMS // (2 * self.column_tiles * self.round_lanes)))
 
-    @property
+    @cached_property
     def round_lanes(self) -> int:
         """Lanes of one round, so that the workspace stays below its limit."""
         most = max(1, WORKSPACE_LIMIT // self._lane_nbytes)
         return -(-self.lanes // -(-self.lanes // most))
 
-    @property
+    @cached_property
     def _lane_nbytes(self) -> int:
         """Bytes of a lane but for the preparation's partial sums, which are small."""
         return sum(math.prod(shape) * dtype.itemsize for name, shape, dtype in self._lane_buffers(1) if not name.startswith("partial"))
+
+    @cached_property
+    def buffers(self) -> tuple[tuple[str, tuple[int, ...], torch.dtype], ...]:
+        """(name, shape, dtype) of every temporary array of a round; the leading dimension is the lane."""
+        return tuple((name, (self.round_lanes, *shape), dtype) for name, shape, dtype in self._lane_buffers(self.splits))
 
     def _lane_buffers(self, splits: int) -> Iterator[tuple[str, tuple[int, ...], torch.dtype]]:
         """(name, shape of one lane, dtype) of every temporary array."""
@@ -159,16 +165,14 @@ class Plan:
         yield "list", (self.group, self.units, self.key_blocks), torch.int32
         yield "count", (self.group, self.units), torch.int32
 
-    @property
+    @cached_property
     def workspace_nbytes(self) -> int:
         """Bytes of all temporary arrays of a round; the allocator hands out multiples of 512."""
-        return sum(-(-self.round_lanes * math.prod(shape) * dtype.itemsize // 512) * 512
-                   for _, shape, dtype in self._lane_buffers(self.splits))
+        return sum(-(-math.prod(shape) * dtype.itemsize // 512) * 512 for _, shape, dtype in self.buffers)
 
     def allocate(self, device: torch.device) -> dict[str, Tensor]:
-        """The temporary arrays of a round, uninitialised; the leading dimension is the lane."""
-        return {name: torch.empty(self.round_lanes, *shape, dtype=dtype, device=device)
-                for name, shape, dtype in self._lane_buffers(self.splits)}
+        """The temporary arrays of a round, uninitialised."""
+        return {name: torch.empty(shape, dtype=dtype, device=device) for name, shape, dtype in self.buffers}
 
     def wanted(self, density: float) -> int:
         """Pairs of image unit and image block that are exact in each head, before own and best blocks are added."""

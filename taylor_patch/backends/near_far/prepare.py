@@ -17,7 +17,7 @@ def _gather_part(k_base, stride_kn, stride_kd, x_base, stride_xn, stride_xd, mas
                  lane, split, n_splits, column, blocks_each, n_key_blocks, n_image_blocks, far_stride,
                  GRID_T, GRID_H, GRID_W, START, OUTSIDE, TILE_T: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
                  D: tl.constexpr, DIM: tl.constexpr, COLUMNS: tl.constexpr, IS_KEY: tl.constexpr, MASKED: tl.constexpr,
-                 BIASED: tl.constexpr, COVARIANCE_DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+                 BIASED: tl.constexpr, PRECISION: tl.constexpr):
     """One split of the blocks of one lane. x is k or v, of which the program handles the columns from `column` on."""
     place = tl.arange(0, 64)
     dim = tl.arange(0, DIM)
@@ -36,37 +36,56 @@ def _gather_part(k_base, stride_kn, stride_kd, x_base, stride_xn, stride_xd, mas
     covariance = tl.zeros((DIM, COLUMNS), tl.float32)
     total = 0.0
     total_trace = 0.0
-    for block in range(split * blocks_each, tl.minimum((split + 1) * blocks_each, n_key_blocks)):
-        in_image = block < n_image_blocks
+    end = tl.minimum((split + 1) * blocks_each, n_key_blocks)
+    for block in range(split * blocks_each, tl.minimum(end, n_image_blocks)):
         token, filled = block_tokens(block, place, n_image_blocks, GRID_T, GRID_H, GRID_W, START, OUTSIDE, TILE_T, TILE_H, TILE_W)
         token = token.to(tl.int64)
-        k = tl.load(k_base + token[:, None] * stride_kn + dim[None, :] * stride_kd, mask=filled[:, None] & (dim[None, :] < D),
-                    other=0.0).to(tl.float32)
+        x = tl.load(x_base + token[:, None] * stride_xn + part[None, :] * stride_xd, mask=filled[:, None] & (part[None, :] < D), other=0.0)
+        if IS_KEY and DIM == COLUMNS:
+            k = x
+        else:
+            k = tl.load(k_base + token[:, None] * stride_kn + dim[None, :] * stride_kd, mask=filled[:, None] & (dim[None, :] < D), other=0.0)
+        row = (lane * n_key_blocks + block) * 64 + place
+        tl.store(x_out_ptr + row[:, None] * DIM + part[None, :], x)
+        bias = tl.where(filled, 0.0, float("-inf"))
+        weight = tl.where(filled, 1.0, 0.0)
+        if MASKED:
+            bias = tl.load(mask_base + token, mask=filled, other=float("-inf"))
+            weight = tl.exp(bias)
+            weighted = (k.to(tl.float32) * weight[:, None]).to(k.dtype)
+            weighted_x = x.to(tl.float32) * weight[:, None]
+        else:
+            weighted = k
+            weighted_x = x.to(tl.float32)
+        mass = tl.sum(weight, 0)
+        per_mass = 1.0 / tl.maximum(mass, TINY)
+        mean_x = tl.sum(weighted_x, 0) * per_mass
+        mean_k = tl.sum(weighted.to(tl.float32), 0) * per_mass
+        # sum w (k - k_b)(x - x_b)' = sum w k x' - w_b k_b x_b'
+        covariance = tl.dot(tl.trans(weighted), x, covariance, input_precision=PRECISION)
+        covariance -= (mean_k * mass)[:, None] * mean_x[None, :]
+        tl.store(mean_ptr + (lane * n_image_blocks + block) * DIM + part, (mean_x - centre).to(mean_ptr.dtype.element_ty))
+        if IS_KEY:
+            square = tl.sum(tl.sum(weighted.to(tl.float32) * k.to(tl.float32), 1), 0)
+            trace = tl.maximum(square * per_mass - tl.sum(mean_k * mean_k, 0), 0.0)
+            total += mass
+            total_trace += mass * trace
+            if column == 0:
+                tl.store(log_mass_ptr + lane * far_stride + block, tl.log2(mass))
+                tl.store(trace_ptr + lane * far_stride + block, trace)
+                if BIASED:
+                    tl.store(bias_out_ptr + row, bias * LOG2E)
+    for block in range(tl.maximum(split * blocks_each, n_image_blocks), end):
+        token, filled = block_tokens(block, place, n_image_blocks, GRID_T, GRID_H, GRID_W, START, OUTSIDE, TILE_T, TILE_H, TILE_W)
+        token = token.to(tl.int64)
         x = tl.load(x_base + token[:, None] * stride_xn + part[None, :] * stride_xd, mask=filled[:, None] & (part[None, :] < D), other=0.0)
         row = (lane * n_key_blocks + block) * 64 + place
         tl.store(x_out_ptr + row[:, None] * DIM + part[None, :], x)
-        x = x.to(tl.float32)
-        bias = tl.where(filled, 0.0, float("-inf"))
-        if MASKED:
-            bias = tl.load(mask_base + token, mask=filled, other=float("-inf"))
-        weight = tl.exp(bias)
-        mass = tl.sum(weight, 0)
-        share = weight / tl.maximum(mass, TINY)
-        mean_x = tl.sum(x * share[:, None], 0)
-        apart = k - tl.sum(k * share[:, None], 0)[None, :]  # [64, DIM]
-        weighted = (apart * tl.where(in_image, weight, 0.0)[:, None]).to(COVARIANCE_DTYPE)
-        covariance = tl.dot(tl.trans(weighted), (x - mean_x[None, :]).to(COVARIANCE_DTYPE), covariance, input_precision=PRECISION)
-        if in_image:
-            tl.store(mean_ptr + (lane * n_image_blocks + block) * DIM + part, (mean_x - centre).to(mean_ptr.dtype.element_ty))
-        if IS_KEY:
-            trace = tl.sum(share * tl.sum(apart * apart, 1), 0)
-            total += tl.where(in_image, mass, 0.0)
-            total_trace += tl.where(in_image, mass * trace, 0.0)
-            if in_image and column == 0:
-                tl.store(log_mass_ptr + lane * far_stride + block, tl.log2(mass))
-                tl.store(trace_ptr + lane * far_stride + block, trace)
-            if BIASED and column == 0:
-                tl.store(bias_out_ptr + row, bias * LOG2E)
+        if IS_KEY and BIASED and column == 0:
+            bias = tl.where(filled, 0.0, float("-inf"))
+            if MASKED:
+                bias = tl.load(mask_base + token, mask=filled, other=float("-inf"))
+            tl.store(bias_out_ptr + row, bias * LOG2E)
     at = lane * n_splits + split
     row_out = at * (2 * DIM) + (0 if IS_KEY else DIM) + dim
     tl.store(partial_ptr + row_out[:, None] * DIM + part[None, :], covariance)
@@ -81,7 +100,7 @@ def gather_kernel(k_ptr, stride_kb, stride_kh, stride_kn, stride_kd, v_ptr, stri
                   partial_ptr, partial_mass_ptr, first_lane, n_heads, blocks_each, n_key_blocks, n_image_blocks, far_stride,
                   GRID_T, GRID_H, GRID_W, START, OUTSIDE, TILE_T: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
                   D: tl.constexpr, DIM: tl.constexpr, COLUMNS: tl.constexpr, MASKED: tl.constexpr, BIASED: tl.constexpr,
-                  COVARIANCE_DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+                  PRECISION: tl.constexpr):
     """k and v [B, H_kv, N, D] -> the same in tile order, block means (of k less a centre), log2 masses, traces, and per split
 
         sum over blocks and keys of w (k - k_b) (k - k_b)'  and  w (k - k_b) (v - v_b)',    w = exp(bias).
@@ -100,13 +119,13 @@ def gather_kernel(k_ptr, stride_kb, stride_kh, stride_kn, stride_kd, v_ptr, stri
                      k_out_ptr, bias_out_ptr, mean_k_ptr, log_mass_ptr, trace_ptr, centre_ptr, partial_ptr, partial_mass_ptr,
                      lane, split, tl.num_programs(1), column, blocks_each, n_key_blocks, n_image_blocks, far_stride,
                      GRID_T, GRID_H, GRID_W, START, OUTSIDE, TILE_T, TILE_H, TILE_W,
-                     D, DIM, COLUMNS, True, MASKED, BIASED, COVARIANCE_DTYPE, PRECISION)
+                     D, DIM, COLUMNS, True, MASKED, BIASED, PRECISION)
     else:
         _gather_part(k_base, stride_kn, stride_kd, v_base, stride_vn, stride_vd, mask_base,
                      v_out_ptr, bias_out_ptr, mean_v_ptr, log_mass_ptr, trace_ptr, centre_ptr, partial_ptr, partial_mass_ptr,
                      lane, split, tl.num_programs(1), column - DIM, blocks_each, n_key_blocks, n_image_blocks, far_stride,
                      GRID_T, GRID_H, GRID_W, START, OUTSIDE, TILE_T, TILE_H, TILE_W,
-                     D, DIM, COLUMNS, False, MASKED, BIASED, COVARIANCE_DTYPE, PRECISION)
+                     D, DIM, COLUMNS, False, MASKED, BIASED, PRECISION)
 
 
 @triton.jit
@@ -147,22 +166,18 @@ def sample_kernel(q_ptr, stride_qb, stride_qh, stride_qn, stride_qd, sample_ptr,
     unit = tl.program_id(0)
     lane = tl.program_id(1).to(tl.int64)
     batch, head = (first_head + lane) // n_heads, (first_head + lane) % n_heads
-    ROWS: tl.constexpr = UNIT_BLOCKS * 64 // SAMPLES
+    ROWS: tl.constexpr = UNIT_BLOCKS * 64
     dim = tl.arange(0, DIM)
-    all_rows = tl.arange(0, UNIT_BLOCKS * 64)
-    _, all_filled = unit_tokens(unit, all_rows, n_image_units, n_image_blocks, GRID_T, GRID_H, GRID_W, START, OUTSIDE,
+    sample = tl.arange(0, SAMPLES)
+    token, filled = unit_tokens(unit, tl.arange(0, ROWS), n_image_units, n_image_blocks, GRID_T, GRID_H, GRID_W, START, OUTSIDE,
                                 TILE_T, TILE_H, TILE_W, UNIT_BLOCKS)
-    members = tl.sum(all_filled.to(tl.float32), 0)
-    for part in tl.static_range(SAMPLES):
-        row = part * ROWS + tl.arange(0, ROWS)
-        token, filled = unit_tokens(unit, row, n_image_units, n_image_blocks, GRID_T, GRID_H, GRID_W, START, OUTSIDE,
-                                    TILE_T, TILE_H, TILE_W, UNIT_BLOCKS)
-        q = tl.load(q_ptr + batch * stride_qb + head * stride_qh + token.to(tl.int64)[:, None] * stride_qn + dim[None, :] * stride_qd,
-                    mask=filled[:, None] & (dim[None, :] < D), other=0.0)
-        count = tl.sum(filled.to(tl.float32), 0)
-        mean = tl.sum(q.to(tl.float32), 0) / tl.maximum(count, 1.0)
-        tl.store(sample_ptr + ((lane * SAMPLES + part) * n_image_units + unit) * DIM + dim, mean.to(sample_ptr.dtype.element_ty))
-        if lane == 0:
-            tl.store(share_ptr + part * n_image_units + unit, count / tl.maximum(members, 1.0))
+    q = tl.load(q_ptr + batch * stride_qb + head * stride_qh + token.to(tl.int64)[:, None] * stride_qn + dim[None, :] * stride_qd,
+                mask=filled[:, None] & (dim[None, :] < D), other=0.0)
+    count = tl.sum(tl.reshape(filled.to(tl.float32), (SAMPLES, ROWS // SAMPLES)), 1)
+    mean = tl.sum(tl.reshape(q.to(tl.float32), (SAMPLES, ROWS // SAMPLES, DIM)), 1) / tl.maximum(count, 1.0)[:, None]
+    out = sample_ptr + ((lane * SAMPLES + sample[:, None]) * n_image_units + unit) * DIM + dim[None, :]
+    tl.store(out, mean.to(sample_ptr.dtype.element_ty))
+    if lane == 0:
+        tl.store(share_ptr + sample * n_image_units + unit, count / tl.maximum(tl.sum(count, 0), 1.0))
     if unit == 0:
         tl.store(histogram_ptr + lane * BINS + tl.arange(0, BINS), tl.zeros((BINS,), tl.int32))

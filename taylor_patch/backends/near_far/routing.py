@@ -25,9 +25,10 @@ def _probability(q, mean, log_mass, factor, log_total, share, PRECISION: tl.cons
 def score_kernel(sample_ptr, share_ptr, mean_k_ptr, log_mass_ptr, code_ptr, best_ptr, histogram_ptr, factor,
                  n_units, n_blocks, far_stride, GROUP, DIM: tl.constexpr, UNITS: tl.constexpr, BLOCKS: tl.constexpr, BINS: tl.constexpr,
                  PRECISION: tl.constexpr):
-    """Code [heads, units, blocks] of the mean softmax mass over the four samples of a unit: 64 steps an octave around the mean mass.
+    """Code [heads, units, blocks] of the mean softmax mass over the four samples of a unit.
 
-    Writes each unit's best block and counts the codes of each head. factor: scale * log2 e. Grid (units / UNITS, heads).
+    For a mass of 2^x times that of a flat softmax the code is proportional to x / (1 + |x|): fine steps where heads are flat, and 2 to 4%
+    of the mass where thresholds of peaked heads lie. Writes each unit's best block and counts the codes of each head. factor: scale * log2 e. Grid (units / UNITS, heads).
     """
     lane = tl.program_id(1).to(tl.int64)
     kv_lane = lane // GROUP
@@ -75,8 +76,8 @@ def score_kernel(sample_ptr, share_ptr, mean_k_ptr, log_mass_ptr, code_ptr, best
         tile_best, tile_at = tl.max(mass, 1, return_indices=True)
         best = tl.where(tile_best > best_mass, first + tile_at, best)
         best_mass = tl.maximum(best_mass, tile_best)
-        code = tl.maximum(tl.log2(mass * n_blocks) * 64 + BINS // 2, 0.0)
-        code = tl.minimum(code, BINS - 1.0).to(tl.int32)
+        octaves = tl.maximum(tl.log2(mass * n_blocks), -1.0e3)
+        code = (BINS // 2 + (BINS // 2 - 1) * octaves / (1.0 + tl.abs(octaves))).to(tl.int32)
         valid = real[:, None] & (block < n_blocks)[None, :]
         tl.store(code_ptr + (lane * n_units + unit[:, None]) * far_stride + block[None, :], code.to(tl.int16), mask=valid)
         # What lies outside is counted in bin 0, where nothing depends on it.
@@ -92,8 +93,8 @@ def select_kernel(code_ptr, best_ptr, histogram_ptr, log_mass_ptr, list_ptr, cou
     """Codes -> 1 where a block is near, else 0, in place, and 1 in the padding of a row; and each unit's near blocks as a
     list, blocks outside the image last.
 
-    Near are the most massive bins of the head that hold at most `wanted` pairs, the unit's own blocks and its best one. Units of tokens
-    outside the image see every block. Grid (units / UNITS, heads).
+    Near are the most massive bins of the head that hold at most `wanted` pairs, the unit's own blocks and its best one, and one more
+    block where that makes the length even. Units of tokens outside the image see every block. Grid (units / UNITS, heads).
     """
     lane = tl.program_id(1).to(tl.int64)
     kv_lane = lane // GROUP
@@ -106,6 +107,7 @@ def select_kernel(code_ptr, best_ptr, histogram_ptr, log_mass_ptr, list_ptr, cou
     best = tl.load(best_ptr + lane * n_image_units + unit, mask=in_image, other=0)
     out = list_ptr + (lane * n_units + unit[:, None]) * n_key_blocks
     length = tl.zeros((UNITS,), tl.int32)
+    last_far = tl.full((UNITS,), -1, tl.int32)
     for first in range(0, tl.maximum(n_key_blocks, far_stride), BLOCKS):
         block = (first + tl.arange(0, BLOCKS))[None, :]
         code_at = code_ptr + (lane * n_image_units + unit[:, None]) * far_stride + block
@@ -118,4 +120,11 @@ def select_kernel(code_ptr, best_ptr, histogram_ptr, log_mass_ptr, list_ptr, cou
         place = length[:, None] + tl.cumsum(near, 1) - 1
         tl.store(out + place, tl.broadcast_to(block, (UNITS, BLOCKS)), mask=(near > 0) & real[:, None])
         length += tl.sum(near, 1)
+        last_far = tl.maximum(last_far, tl.max(tl.where((near == 0) & (block < n_image_blocks), block, -1), 1))
+    # n_key_blocks is even, so that a list of odd length leaves a block out.
+    odd = (length % 2 == 1) & (last_far >= 0)
+    last_far = tl.maximum(last_far, 0)
+    tl.store(code_ptr + (lane * n_image_units + unit) * far_stride + last_far, tl.full((UNITS,), 1, tl.int16), mask=odd & real)
+    tl.store(list_ptr + (lane * n_units + unit) * n_key_blocks + length, last_far, mask=odd & real)
+    length += odd.to(tl.int32)
     tl.store(count_ptr + lane * n_units + unit, length, mask=real)
