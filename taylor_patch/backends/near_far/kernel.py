@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from taylor_patch.backends.near_far.layout import unit_tokens
+from taylor_patch.backends.near_far.layout import block_tokens
 
 CUMULANT = tl.constexpr(2)
 ZEROTH = tl.constexpr(1)
@@ -25,51 +25,45 @@ def _rows(x, base, first, n, DIM: tl.constexpr, ROWS: tl.constexpr, TMA: tl.cons
 
 @triton.jit
 def attend_kernel(q_ptr, stride_qb, stride_qh, stride_qn, stride_qd, out_ptr, stride_ob, stride_oh, stride_on, stride_od,
-                  k, v, bias_ptr, mean_k, mean_v, log_mass_ptr, trace_ptr, centre_ptr, covariance, column_scale_ptr,
-                  near_ptr, list_ptr, count_ptr, scale, first_head, n_heads, GROUP,
-                  n_units, n_image_units, n_image_blocks, n_key_blocks, far_stride,
-                  GRID_T, GRID_H, GRID_W, START, OUTSIDE,
-                  TILE_T: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr, UNIT_BLOCKS: tl.constexpr,
-                  D: tl.constexpr, DIM: tl.constexpr, FAR: tl.constexpr, PAIR: tl.constexpr, BIASED: tl.constexpr,
-                  TAIL: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr):
+                  k, v, bias_ptr, mean_k, mean_v, trace_ptr, centre_ptr, covariance, column_scale_ptr, far_ptr, list_ptr, count_ptr,
+                  scale, first_head, n_heads, GROUP, n_blocks, n_image_blocks, far_stride, GRID_T, GRID_H, GRID_W, START, OUTSIDE,
+                  TILE_T: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, FAR: tl.constexpr,
+                  BIASED: tl.constexpr, TAIL: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr):
     """softmax(scale q k' + bias) v, with the keys of far block b replaced by
 
         weight n_b exp(scale q.k_b + 1/2 t_b scale^2 q' S_w q)  and  value v_b + scale C_w' q.
 
-    k, v, mean_k, mean_v: [lanes * blocks (* 64), DIM], covariance [lanes * 2 DIM, DIM], pointers or descriptors. near: [heads, image units, far_stride], 1 where a block is exact
-    or does not exist; list and count hold the same by unit. Logits are in units of log2; sums are float32. Grid (units, query heads of the round);
-    units outside the image come first, because they are the longest.
+    k, v [lanes * blocks * 64, DIM], mean_k, mean_v [lanes * image blocks, DIM], covariance [lanes * 2 DIM, DIM]: pointers or descriptors.
+    far [heads, image blocks, far_stride]: log2 of n_b, or -inf where a block is exact or does not exist; list [heads, blocks, blocks] and
+    count [heads, blocks] say which are exact. Logits are in units of log2; sums are float32. Grid (blocks, query heads of the round);
+    queries outside the image come first, because they take longest.
     """
-    unit = n_units - 1 - tl.program_id(0)
+    query = n_blocks - 1 - tl.program_id(0)
     lane = tl.program_id(1).to(tl.int64)
     kv_lane = lane // GROUP
     batch, head = (first_head + lane) // n_heads, (first_head + lane) % n_heads
-    ROWS: tl.constexpr = UNIT_BLOCKS * 64
     factor = scale * 1.4426950408889634
     dim = tl.arange(0, DIM)
-    token, filled = unit_tokens(unit, tl.arange(0, ROWS), n_image_units, n_image_blocks, GRID_T, GRID_H, GRID_W, START, OUTSIDE,
-                                TILE_T, TILE_H, TILE_W, UNIT_BLOCKS)
+    place = tl.arange(0, 64)
+    token, filled = block_tokens(query, place, n_image_blocks, GRID_T, GRID_H, GRID_W, START, OUTSIDE, TILE_T, TILE_H, TILE_W)
     q = tl.load(q_ptr + batch * stride_qb + head * stride_qh + token.to(tl.int64)[:, None] * stride_qn + dim[None, :] * stride_qd,
                 mask=filled[:, None] & (dim[None, :] < D), other=0.0)
-    top = tl.full((ROWS,), -1.0e30, tl.float32)
-    mass = tl.zeros((ROWS,), tl.float32)
-    total = tl.zeros((ROWS, DIM), tl.float32)
+    top = tl.full((64,), -1.0e30, tl.float32)
+    mass = tl.zeros((64,), tl.float32)
+    total = tl.zeros((64, DIM), tl.float32)
     if TAIL >= ZEROTH:
-        spread = tl.zeros((ROWS,), tl.float32)
+        spread = tl.zeros((64,), tl.float32)
         if TAIL == CUMULANT:
             qs = tl.dot(q, _rows(covariance, kv_lane * (2 * DIM), 0, DIM, DIM, DIM, TMA, True), input_precision=PRECISION)
             qs *= tl.load(column_scale_ptr + kv_lane * (2 * DIM) + dim)[None, :]
             spread = tl.sum(qs * q.to(tl.float32), 1) * (0.5 * scale * factor)
-        near_row = near_ptr + (lane * n_image_units + unit) * far_stride
-        far_blocks = tl.where(unit < n_image_units, n_image_blocks, 0)
-        for first in range(0, far_blocks, FAR):
+        far_row = far_ptr + (lane * n_image_blocks + query) * far_stride
+        for first in range(0, tl.where(query < n_image_blocks, n_image_blocks, 0), FAR):
             block = first + tl.arange(0, FAR)
             mean = _rows(mean_k, kv_lane * n_image_blocks, first, n_image_blocks, DIM, FAR, TMA, False)
-            log_mass = tl.where(tl.load(near_row + block) == 0, tl.load(log_mass_ptr + kv_lane * far_stride + block), float("-inf"))
-            logit = tl.dot(q, tl.trans(mean), input_precision=PRECISION) * factor + log_mass[None, :]
+            logit = tl.dot(q, tl.trans(mean), input_precision=PRECISION) * factor + tl.load(far_row + block)[None, :]
             if TAIL == CUMULANT:
-                trace = tl.load(trace_ptr + kv_lane * far_stride + block)
-                logit += spread[:, None] * trace[None, :]
+                logit += spread[:, None] * tl.load(trace_ptr + kv_lane * far_stride + block)[None, :]
             new_top = tl.maximum(top, tl.max(logit, 1))
             weight = tl.exp2(logit - new_top[:, None])
             shrink = tl.exp2(top - new_top)
@@ -81,48 +75,23 @@ def attend_kernel(q_ptr, stride_qb, stride_qh, stride_qn, stride_qd, out_ptr, st
         centre = tl.load(centre_ptr + kv_lane * DIM + dim)
         top += tl.sum(q.to(tl.float32) * centre[None, :], 1) * factor
     tail_top, tail_mass = top, mass
-    blocks = list_ptr + (lane * n_units + unit) * n_key_blocks
-    n_blocks = tl.load(count_ptr + lane * n_units + unit)
-    base = kv_lane * n_key_blocks * 64
+    blocks = list_ptr + (lane * n_blocks + query) * n_blocks
     block = 0
-    for j in range(0, n_blocks, PAIR):
-        block = tl.load(blocks + j)
-        if PAIR == 1 or TMA:
-            key = _rows(k, base + block * 64, 0, 64, DIM, 64, TMA, True)
-        else:
-            key_row = tl.arange(0, 128)
-            key_row = base + tl.load(blocks + j + key_row // 64) * 64 + key_row % 64
-            key = tl.load(k + key_row[:, None] * DIM + dim[None, :])
-        logit = tl.dot(q, tl.trans(key), input_precision=PRECISION)
+    for j in range(0, tl.load(count_ptr + lane * n_blocks + query)):
+        block = tl.load(blocks + j).to(tl.int32)
+        first_row = (kv_lane * n_blocks + block) * 64
+        logit = tl.dot(q, tl.trans(_rows(k, first_row, 0, 64, DIM, 64, TMA, True)), input_precision=PRECISION)
         if BIASED:
-            bias_row = base + block * 64 + tl.arange(0, 64) if PAIR == 1 or TMA else key_row
-            logit = logit * factor + tl.load(bias_ptr + bias_row)[None, :]
-            highest = tl.max(logit, 1)
+            logit = logit * factor + tl.load(bias_ptr + first_row + place)[None, :]
+            new_top = tl.maximum(top, tl.max(logit, 1))
+            weight = tl.exp2(logit - new_top[:, None])
         else:
-            highest = tl.max(logit, 1) * factor
-        if PAIR == 2 and TMA:
-            other = tl.load(blocks + j + 1)
-            other_logit = tl.dot(q, tl.trans(_rows(k, base + other * 64, 0, 64, DIM, 64, TMA, True)), input_precision=PRECISION)
-            if BIASED:
-                other_logit = other_logit * factor + tl.load(bias_ptr + base + other * 64 + tl.arange(0, 64))[None, :]
-                highest = tl.maximum(highest, tl.max(other_logit, 1))
-            else:
-                highest = tl.maximum(highest, tl.max(other_logit, 1) * factor)
-        new_top = tl.maximum(top, highest)
+            new_top = tl.maximum(top, tl.max(logit, 1) * factor)
+            weight = tl.exp2(logit * factor - new_top[:, None])
         shrink = tl.exp2(top - new_top)
-        slope = 1.0 if BIASED else factor
-        weight = tl.exp2(logit * slope - new_top[:, None])
         mass = mass * shrink + tl.sum(weight, 1)
-        if PAIR == 1 or TMA:
-            value = _rows(v, base + block * 64, 0, 64, DIM, 64, TMA, True)
-        else:
-            value = tl.load(v + key_row[:, None] * DIM + dim[None, :])
+        value = _rows(v, first_row, 0, 64, DIM, 64, TMA, True)
         total = tl.dot(weight.to(value.dtype), value, total * shrink[:, None], input_precision=PRECISION)
-        if PAIR == 2 and TMA:
-            other_weight = tl.exp2(other_logit * slope - new_top[:, None])
-            mass += tl.sum(other_weight, 1)
-            other_value = _rows(v, base + other * 64, 0, 64, DIM, 64, TMA, True)
-            total = tl.dot(other_weight.to(other_value.dtype), other_value, total, input_precision=PRECISION)
         top = new_top
     # 0, but only known after the loop: addresses that depend on it take no registers during the loop.
     late = tl.where(block < 0, 1, 0)
@@ -136,7 +105,6 @@ def attend_kernel(q_ptr, stride_qb, stride_qh, stride_qn, stride_qd, out_ptr, st
         linear = _rows(covariance, kv_lane * (2 * DIM) + DIM + late, 0, DIM, DIM, DIM, TMA, True)
         total = tl.dot((q.to(tl.float32) * (share * scale)[:, None]).to(q.dtype), linear, total, input_precision=PRECISION)
         total *= tl.where(column_scale > 0, column_scale, 1.0)[None, :]
-    token, filled = unit_tokens(unit + late, tl.arange(0, ROWS), n_image_units, n_image_blocks, GRID_T, GRID_H, GRID_W, START, OUTSIDE,
-                                TILE_T, TILE_H, TILE_W, UNIT_BLOCKS)
+    token, filled = block_tokens(query + late, place, n_image_blocks, GRID_T, GRID_H, GRID_W, START, OUTSIDE, TILE_T, TILE_H, TILE_W)
     out = out_ptr + batch * stride_ob + head * stride_oh + token.to(tl.int64)[:, None] * stride_on + dim[None, :] * stride_od
     tl.store(out, total.to(out_ptr.dtype.element_ty), mask=filled[:, None] & (dim[None, :] < D))

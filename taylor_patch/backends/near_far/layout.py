@@ -29,14 +29,3 @@ def block_tokens(block, place, n_image_blocks, GRID_T, GRID_H, GRID_W, START, OU
     token = tl.where(in_image, image_token, outside_token)
     filled = tl.where(in_image, (x < GRID_W) & (y < GRID_H) & (t < GRID_T), rank < OUTSIDE)
     return token, filled
-
-
-@triton.jit
-def unit_tokens(unit, row, n_image_units, n_image_blocks, GRID_T, GRID_H, GRID_W, START, OUTSIDE,
-                TILE_T: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr, UNIT_BLOCKS: tl.constexpr):
-    """(token, filled) at `row` of a query unit: UNIT_BLOCKS image blocks, or as many tokens outside the image."""
-    first = tl.where(unit < n_image_units, unit * UNIT_BLOCKS, n_image_blocks + (unit - n_image_units) * UNIT_BLOCKS)
-    # One block a unit keeps the block's place scalar arithmetic.
-    block = first if UNIT_BLOCKS == 1 else first + row // 64
-    token, filled = block_tokens(block, row % 64, n_image_blocks, GRID_T, GRID_H, GRID_W, START, OUTSIDE, TILE_T, TILE_H, TILE_W)
-    return token, filled & (tl.where(unit < n_image_units, first + row // 64, 0) < n_image_blocks)

@@ -9,12 +9,10 @@ from torch import Tensor
 
 from taylor_patch.backends.near_far import plan as plans
 from taylor_patch.backends.near_far.kernel import attend_kernel
-from taylor_patch.backends.near_far.prepare import gather_kernel, pool_kernel, sample_kernel
+from taylor_patch.backends.near_far.prepare import gather_kernel, pool_kernel
 from taylor_patch.backends.near_far.routing import score_kernel, select_kernel
 from taylor_patch.call import AttentionCall, TokenGrid
 
-SCORED_UNITS = 32
-"""Query units of one program of the routing kernel."""
 TAILS = {"none": 0, "zeroth": 1, "cumulant": 2}
 
 
@@ -76,29 +74,26 @@ def prepare(plan: plans.Plan, space: dict[str, Tensor], q: Tensor, k: Tensor, v:
     """Fill k, v, means, covariances and query samples of the lanes from `first` on."""
     columns = min(plan.dim, 128)
     mask, stride_mb = (k, 0) if key_mask is None else (key_mask, key_mask.stride(0) if key_mask.shape[0] > 1 else 0)
-    gather_kernel[(2 * plan.dim // columns, plan.splits, lanes)](
-        k, *k.stride(), v, *v.stride(), mask, stride_mb, space["k"], space["v"], space["bias"], space["mean_k"], space["mean_v"],
-        space["log_mass"], space["trace"], space["centre"], space["partial_covariance"], space["partial_mass"], first, plan.heads_kv,
-        -(-plan.key_blocks // plan.splits), plan.key_blocks, plan.image_blocks, plan.far_stride, *_geometry(plan), plan.head_dim, plan.dim, columns,
-        key_mask is not None, plan.biased, _precision(plan), num_warps=8, num_stages=2)
+    gather_kernel[(2 * plan.dim // columns + plan.group, plan.splits, lanes)](
+        q, *q.stride(), k, *k.stride(), v, *v.stride(), mask, stride_mb, space["k"], space["v"], space["bias"], space["mean_k"],
+        space["mean_v"], space["log_mass"], space["trace"], space["centre"], space["partial_covariance"], space["partial_mass"],
+        space["sample"], space["sample_share"], space["histogram"], first, plan.heads_kv, plan.group, -(-plan.blocks // plan.splits),
+        plan.blocks, plan.image_blocks, plan.far_stride, *_geometry(plan), plan.head_dim, plan.dim, columns, key_mask is not None,
+        plan.biased, _precision(plan), plans.ROUTING_SAMPLES, plans.BINS, num_warps=4, num_stages=2)
     pool_kernel[(plan.dim // 16, 2, lanes)](space["partial_covariance"], space["partial_mass"], space["covariance"], space["column_scale"],
-                                         plan.splits, plan.dim, 16)
-    sample_kernel[(plan.image_units, lanes * plan.group)](
-        q, *q.stride(), space["sample"], space["sample_share"], space["histogram"], first * plan.group, plan.heads, plan.image_units,
-        plan.image_blocks, *_geometry(plan), plan.tiles.unit_blocks, plan.head_dim, plan.dim, plans.ROUTING_SAMPLES, plans.BINS)
+                                            plan.splits, plan.dim, 16)
 
 
 def select(plan: plans.Plan, space: dict[str, Tensor], lanes: int, scale: float, density: float) -> None:
-    """Near blocks of every query unit of a round, from the samples and block means."""
+    """Near blocks of every query block of a round, from the samples and block means."""
     heads = lanes * plan.group
-    narrow = plan.dim > 128 or plan.dtype == torch.float32
-    score_kernel[(triton.cdiv(plan.image_units, SCORED_UNITS), heads)](
-        space["sample"], space["sample_share"], space["mean_k"], space["log_mass"], space["code"], space["best"], space["histogram"],
-        scale * 1.4426950408889634, plan.image_units, plan.image_blocks, plan.far_stride, plan.group, plan.dim, SCORED_UNITS, 32 if narrow else 64, plans.BINS,
-        _precision(plan), num_warps=4, num_stages=1 if narrow else 2)
-    select_kernel[(triton.cdiv(plan.units, 8), heads)](
-        space["code"], space["best"], space["histogram"], space["log_mass"], space["list"], space["count"], plan.wanted(density),
-        plan.units, plan.image_units, plan.image_blocks, plan.key_blocks, plan.far_stride, plan.group, plan.tiles.unit_blocks, 8, 128, plans.BINS)
+    score_kernel[(triton.cdiv(plan.image_blocks, 16), heads)](
+        space["sample"], space["sample_share"], space["mean_k"], space["log_mass"], space["far"], space["best"], space["histogram"],
+        scale * 1.4426950408889634, plan.image_blocks, plan.far_stride, plan.group, plan.dim, 16, 64, plans.ROUTING_SAMPLES, plans.BINS,
+        _precision(plan), num_warps=4, num_stages=2)
+    select_kernel[(triton.cdiv(plan.blocks, 8), heads)](
+        space["far"], space["best"], space["histogram"], space["log_mass"], space["list"], space["count"], plan.wanted(density),
+        plan.blocks, plan.image_blocks, plan.far_stride, plan.group, 8, 128, plans.BINS)
 
 
 def attend_round(plan: plans.Plan, space: dict[str, Tensor], q: Tensor, out: Tensor, first: int, lanes: int, scale: float,
@@ -112,9 +107,8 @@ def attend_round(plan: plans.Plan, space: dict[str, Tensor], q: Tensor, out: Ten
         k, v = (TensorDescriptor.from_tensor(x, [64, plan.dim]) for x in (k, v))
         mean_k, mean_v = (TensorDescriptor.from_tensor(x, [tiles.far, plan.dim]) for x in (mean_k, mean_v))
         covariance = TensorDescriptor.from_tensor(covariance, [plan.dim, plan.dim])
-    attend_kernel[(plan.units, lanes * plan.group)](
-        q, *q.stride(), out, *out.stride(), k, v, space["bias"], mean_k, mean_v, space["log_mass"], space["trace"], space["centre"],
-        covariance, space["column_scale"], space["code"], space["list"], space["count"], scale, first * plan.group, plan.heads,
-        plan.group, plan.units, plan.image_units, plan.image_blocks, plan.key_blocks, plan.far_stride, *_geometry(plan), tiles.unit_blocks,
-        plan.head_dim, plan.dim, tiles.far, tiles.pair, plan.biased, TAILS[tail], tiles.tma, _precision(plan),
-        num_warps=tiles.warps, num_stages=tiles.stages, maxnreg=tiles.registers or None)
+    attend_kernel[(plan.blocks, lanes * plan.group)](
+        q, *q.stride(), out, *out.stride(), k, v, space["bias"], mean_k, mean_v, space["trace"], space["centre"], covariance,
+        space["column_scale"], space["far"], space["list"], space["count"], scale, first * plan.group, plan.heads, plan.group, plan.blocks,
+        plan.image_blocks, plan.far_stride, *_geometry(plan), plan.head_dim, plan.dim, tiles.far, plan.biased, TAILS[tail], tiles.tma,
+        _precision(plan), num_warps=tiles.warps, num_stages=tiles.stages, maxnreg=tiles.registers or None)

@@ -1,4 +1,4 @@
-"""Sizes of a near_far call on the GPU: blocks, units, tuned tiles and temporary memory, from shapes only."""
+"""Sizes of a near_far call on the GPU: blocks, tuned tiles and temporary memory, from shapes only."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch import Tensor
 from taylor_patch.backends.tiles import BLOCK, tile_shape
 from taylor_patch.call import AttentionCall, TokenGrid
 
-WORKSPACE_LIMIT = 880 * 2**20
+WORKSPACE_LIMIT = 960 * 2**20
 """Bytes of temporary memory that a call aims to stay below; heads go in as many rounds as that takes, at least one head each."""
-GATHER_PROGRAMS = 1056
-"""Programs of the preparation kernel that are aimed at: a few for each of the 132 multiprocessors of a large GPU."""
+GATHER_PROGRAMS = 528
+"""Programs of the preparation kernel for k and v that are aimed at: a few for each of the 132 multiprocessors of a large GPU."""
 ROUTING_SAMPLES = 4
-"""Sub-means of a query unit that vote on its near blocks."""
+"""Means of a query block's quarters, which vote on its near blocks."""
 BINS = 2048
 """Bins of the histogram of predicted masses."""
 
@@ -28,15 +28,12 @@ CROSSOVER_TOKENS: dict[tuple[int, int], int] = {}
 
 @dataclass(frozen=True)
 class Tiles:
-    """Tile sizes and launch parameters of the attention kernel.
+    """Launch parameters of the attention kernel.
 
-    unit_blocks: blocks of 64 queries that share one list of near blocks. pair: key blocks of one step of the near field.
-    far: block means of one step of the far field. registers: limit per thread, 0 for none; two programs share a multiprocessor where 8
-    warps have at most 128. tma: tiles of k and v come through the tensor memory accelerator.
+    far: block means of one step of the far field. registers: limit per thread, 0 for none. tma: tiles of k and v come through the tensor
+    memory accelerator, where Triton has descriptors.
     """
 
-    unit_blocks: int = 1
-    pair: int = 1
     far: int = 64
     warps: int = 4
     stages: int = 2
@@ -53,8 +50,8 @@ TUNED: dict[tuple[int, int, int], Tiles] = {}
 class Plan:
     """What is derived from the shapes of a call.
 
-    A lane is one key head of one batch element; `group` query heads share it. Key blocks are the image tiles in the order of
-    tiles.tile_index, then the tokens outside the image, 64 at a time. Query units are `unit_blocks` such blocks.
+    A lane is one key head of one batch element; `group` query heads share it. Blocks of 64 tokens, of keys and of queries alike, are the
+    image tiles in the order of tiles.tile_index, then the tokens outside the image.
     """
 
     batch: int
@@ -104,27 +101,18 @@ class Plan:
         return self.tokens - self.grid.tokens
 
     @cached_property
-    def key_blocks(self) -> int:
-        """All key blocks; an even number, because the attention kernel takes two at a time, so that the last one may be empty."""
-        return -(-(self.image_blocks + -(-self.outside // BLOCK)) // 2) * 2
-
-    @cached_property
-    def image_units(self) -> int:
-        return -(-self.image_blocks // self.tiles.unit_blocks)
-
-    @cached_property
-    def units(self) -> int:
-        return self.image_units + -(-self.outside // (BLOCK * self.tiles.unit_blocks))
+    def blocks(self) -> int:
+        return self.image_blocks + -(-self.outside // BLOCK)
 
     @cached_property
     def biased(self) -> bool:
         """True where keys have a bias: a key mask, or blocks of fewer than 64 tokens."""
-        return self.masked or self.tokens != self.key_blocks * BLOCK
+        return self.masked or self.tokens != self.blocks * BLOCK
 
     @cached_property
     def splits(self) -> int:
         """Programs of the preparation kernel per lane and part."""
-        return max(1, min(self.key_blocks, GATHER_PROGRAMS // (2 * self.column_tiles * self.round_lanes)))
+        return max(1, min(self.blocks, GATHER_PROGRAMS // (2 * self.column_tiles * self.round_lanes)))
 
     @cached_property
     def round_lanes(self) -> int:
@@ -145,9 +133,9 @@ class Plan:
     def _lane_buffers(self, splits: int) -> Iterator[tuple[str, tuple[int, ...], torch.dtype]]:
         """(name, shape of one lane, dtype) of every temporary array."""
         dim, half, full = self.dim, self.dtype, torch.float32
-        yield "k", (self.key_blocks * BLOCK, dim), half
-        yield "v", (self.key_blocks * BLOCK, dim), half
-        yield "bias", (self.key_blocks * BLOCK if self.biased else 0,), full
+        yield "k", (self.blocks * BLOCK, dim), half
+        yield "v", (self.blocks * BLOCK, dim), half
+        yield "bias", (self.blocks * BLOCK if self.biased else 0,), full
         yield "mean_k", (self.image_blocks, dim), half
         yield "mean_v", (self.image_blocks, dim), half
         yield "log_mass", (self.far_stride,), full
@@ -157,13 +145,13 @@ class Plan:
         yield "column_scale", (2 * dim,), full
         yield "partial_covariance", (splits, 2 * dim, dim), full
         yield "partial_mass", (splits, 2), full
-        yield "sample", (self.group, ROUTING_SAMPLES, self.image_units, dim), half
-        yield "sample_share", (ROUTING_SAMPLES, self.image_units), full
-        yield "code", (self.group, self.image_units, self.far_stride), torch.int16
-        yield "best", (self.group, self.image_units), torch.int32
+        yield "sample", (self.group, ROUTING_SAMPLES, self.image_blocks, dim), half
+        yield "sample_share", (ROUTING_SAMPLES, self.image_blocks), full
+        yield "far", (self.group, self.image_blocks, self.far_stride), full
+        yield "best", (self.group, self.image_blocks), torch.int32
         yield "histogram", (self.group, BINS), torch.int32
-        yield "list", (self.group, self.units, self.key_blocks), torch.int32
-        yield "count", (self.group, self.units), torch.int32
+        yield "list", (self.group, self.blocks, self.blocks), torch.int16 if self.blocks < 2**15 else torch.int32
+        yield "count", (self.group, self.blocks), torch.int32
 
     @cached_property
     def workspace_nbytes(self) -> int:
@@ -175,9 +163,8 @@ class Plan:
         return {name: torch.empty(shape, dtype=dtype, device=device) for name, shape, dtype in self.buffers}
 
     def wanted(self, density: float) -> int:
-        """Pairs of image unit and image block that are exact in each head, before own and best blocks are added."""
-        pairs = self.image_units * self.image_blocks
-        return 2**31 - 1 if density >= 1 else round(density * pairs)
+        """Pairs of query block and key block that are exact in each head, before own and best blocks are added."""
+        return 2**31 - 1 if density >= 1 else round(density * self.image_blocks**2)
 
 
 def tiles_for(capability: tuple[int, int], dtype: torch.dtype, head_dim: int) -> Tiles:

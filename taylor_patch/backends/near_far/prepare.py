@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from taylor_patch.backends.near_far.layout import block_tokens, unit_tokens
+from taylor_patch.backends.near_far.layout import block_tokens
 
 LOG2E = tl.constexpr(1.4426950408889634)
 TINY = tl.constexpr(1.1754943508222875e-38)
@@ -14,7 +14,7 @@ TINY = tl.constexpr(1.1754943508222875e-38)
 @triton.jit
 def _gather_part(k_base, stride_kn, stride_kd, x_base, stride_xn, stride_xd, mask_base,
                  x_out_ptr, bias_out_ptr, mean_ptr, log_mass_ptr, trace_ptr, centre_ptr, partial_ptr, partial_mass_ptr,
-                 lane, split, n_splits, column, blocks_each, n_key_blocks, n_image_blocks, far_stride,
+                 lane, split, n_splits, column, blocks_each, n_blocks, n_image_blocks, far_stride,
                  GRID_T, GRID_H, GRID_W, START, OUTSIDE, TILE_T: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
                  D: tl.constexpr, DIM: tl.constexpr, COLUMNS: tl.constexpr, IS_KEY: tl.constexpr, MASKED: tl.constexpr,
                  BIASED: tl.constexpr, PRECISION: tl.constexpr):
@@ -36,7 +36,7 @@ def _gather_part(k_base, stride_kn, stride_kd, x_base, stride_xn, stride_xd, mas
     covariance = tl.zeros((DIM, COLUMNS), tl.float32)
     total = 0.0
     total_trace = 0.0
-    end = tl.minimum((split + 1) * blocks_each, n_key_blocks)
+    end = tl.minimum((split + 1) * blocks_each, n_blocks)
     for block in range(split * blocks_each, tl.minimum(end, n_image_blocks)):
         token, filled = block_tokens(block, place, n_image_blocks, GRID_T, GRID_H, GRID_W, START, OUTSIDE, TILE_T, TILE_H, TILE_W)
         token = token.to(tl.int64)
@@ -45,7 +45,7 @@ def _gather_part(k_base, stride_kn, stride_kd, x_base, stride_xn, stride_xd, mas
             k = x
         else:
             k = tl.load(k_base + token[:, None] * stride_kn + dim[None, :] * stride_kd, mask=filled[:, None] & (dim[None, :] < D), other=0.0)
-        row = (lane * n_key_blocks + block) * 64 + place
+        row = (lane * n_blocks + block) * 64 + place
         tl.store(x_out_ptr + row[:, None] * DIM + part[None, :], x)
         bias = tl.where(filled, 0.0, float("-inf"))
         weight = tl.where(filled, 1.0, 0.0)
@@ -79,7 +79,7 @@ def _gather_part(k_base, stride_kn, stride_kd, x_base, stride_xn, stride_xd, mas
         token, filled = block_tokens(block, place, n_image_blocks, GRID_T, GRID_H, GRID_W, START, OUTSIDE, TILE_T, TILE_H, TILE_W)
         token = token.to(tl.int64)
         x = tl.load(x_base + token[:, None] * stride_xn + part[None, :] * stride_xd, mask=filled[:, None] & (part[None, :] < D), other=0.0)
-        row = (lane * n_key_blocks + block) * 64 + place
+        row = (lane * n_blocks + block) * 64 + place
         tl.store(x_out_ptr + row[:, None] * DIM + part[None, :], x)
         if IS_KEY and BIASED and column == 0:
             bias = tl.where(filled, 0.0, float("-inf"))
@@ -95,17 +95,41 @@ def _gather_part(k_base, stride_kn, stride_kd, x_base, stride_xn, stride_xd, mas
 
 
 @triton.jit
-def gather_kernel(k_ptr, stride_kb, stride_kh, stride_kn, stride_kd, v_ptr, stride_vb, stride_vh, stride_vn, stride_vd,
+def _sample_part(q_base, stride_qn, stride_qd, sample_ptr, share_ptr, histogram_ptr, lane, split, blocks_each, n_blocks, n_image_blocks,
+                 GRID_T, GRID_H, GRID_W, START, OUTSIDE, TILE_T: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
+                 D: tl.constexpr, DIM: tl.constexpr, SAMPLES: tl.constexpr, BINS: tl.constexpr):
+    """Means of the quarters of query blocks, and the quarters' shares of the blocks' tokens. lane counts query heads."""
+    place = tl.arange(0, 64)
+    dim = tl.arange(0, DIM)
+    sample = tl.arange(0, SAMPLES)
+    for block in range(split * blocks_each, tl.minimum((split + 1) * blocks_each, n_image_blocks)):
+        token, filled = block_tokens(block, place, n_image_blocks, GRID_T, GRID_H, GRID_W, START, OUTSIDE, TILE_T, TILE_H, TILE_W)
+        q = tl.load(q_base + token.to(tl.int64)[:, None] * stride_qn + dim[None, :] * stride_qd, mask=filled[:, None] & (dim[None, :] < D),
+                    other=0.0)
+        count = tl.sum(tl.reshape(filled.to(tl.float32), (SAMPLES, 64 // SAMPLES)), 1)
+        mean = tl.sum(tl.reshape(q.to(tl.float32), (SAMPLES, 64 // SAMPLES, DIM)), 1) / tl.maximum(count, 1.0)[:, None]
+        out = sample_ptr + ((lane * SAMPLES + sample[:, None]) * n_image_blocks + block) * DIM + dim[None, :]
+        tl.store(out, mean.to(sample_ptr.dtype.element_ty))
+        if lane == 0:
+            tl.store(share_ptr + sample * n_image_blocks + block, count / tl.maximum(tl.sum(count, 0), 1.0))
+    if split == 0:
+        tl.store(histogram_ptr + lane * BINS + tl.arange(0, BINS), tl.zeros((BINS,), tl.int32))
+
+
+@triton.jit
+def gather_kernel(q_ptr, stride_qb, stride_qh, stride_qn, stride_qd, k_ptr, stride_kb, stride_kh, stride_kn, stride_kd, v_ptr, stride_vb, stride_vh, stride_vn, stride_vd,
                   mask_ptr, stride_mb, k_out_ptr, v_out_ptr, bias_out_ptr, mean_k_ptr, mean_v_ptr, log_mass_ptr, trace_ptr, centre_ptr,
-                  partial_ptr, partial_mass_ptr, first_lane, n_heads, blocks_each, n_key_blocks, n_image_blocks, far_stride,
+                  partial_ptr, partial_mass_ptr, sample_ptr, share_ptr, histogram_ptr,
+                  first_lane, n_heads, GROUP, blocks_each, n_blocks, n_image_blocks, far_stride,
                   GRID_T, GRID_H, GRID_W, START, OUTSIDE, TILE_T: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
                   D: tl.constexpr, DIM: tl.constexpr, COLUMNS: tl.constexpr, MASKED: tl.constexpr, BIASED: tl.constexpr,
-                  PRECISION: tl.constexpr):
+                  PRECISION: tl.constexpr, SAMPLES: tl.constexpr, BINS: tl.constexpr):
     """k and v [B, H_kv, N, D] -> the same in tile order, block means (of k less a centre), log2 masses, traces, and per split
 
         sum over blocks and keys of w (k - k_b) (k - k_b)'  and  w (k - k_b) (v - v_b)',    w = exp(bias).
 
-    Grid (2 DIM / COLUMNS, splits, lanes): the programs of k and v stand beside each other and share k in the L2 cache.
+    q -> means of the quarters of its blocks [heads, SAMPLES, image blocks, DIM] and their shares [SAMPLES, image blocks]; clears the
+    histogram. Grid (2 DIM / COLUMNS + GROUP, splits, lanes): programs of k and v stand beside each other and share k in the L2 cache.
     """
     split = tl.program_id(1)
     lane = tl.program_id(2).to(tl.int64)
@@ -117,15 +141,20 @@ def gather_kernel(k_ptr, stride_kb, stride_kh, stride_kn, stride_kd, v_ptr, stri
     if column < DIM:
         _gather_part(k_base, stride_kn, stride_kd, k_base, stride_kn, stride_kd, mask_base,
                      k_out_ptr, bias_out_ptr, mean_k_ptr, log_mass_ptr, trace_ptr, centre_ptr, partial_ptr, partial_mass_ptr,
-                     lane, split, tl.num_programs(1), column, blocks_each, n_key_blocks, n_image_blocks, far_stride,
+                     lane, split, tl.num_programs(1), column, blocks_each, n_blocks, n_image_blocks, far_stride,
                      GRID_T, GRID_H, GRID_W, START, OUTSIDE, TILE_T, TILE_H, TILE_W,
                      D, DIM, COLUMNS, True, MASKED, BIASED, PRECISION)
-    else:
+    elif column < 2 * DIM:
         _gather_part(k_base, stride_kn, stride_kd, v_base, stride_vn, stride_vd, mask_base,
                      v_out_ptr, bias_out_ptr, mean_v_ptr, log_mass_ptr, trace_ptr, centre_ptr, partial_ptr, partial_mass_ptr,
-                     lane, split, tl.num_programs(1), column - DIM, blocks_each, n_key_blocks, n_image_blocks, far_stride,
+                     lane, split, tl.num_programs(1), column - DIM, blocks_each, n_blocks, n_image_blocks, far_stride,
                      GRID_T, GRID_H, GRID_W, START, OUTSIDE, TILE_T, TILE_H, TILE_W,
                      D, DIM, COLUMNS, False, MASKED, BIASED, PRECISION)
+    else:
+        member = tl.program_id(0) - 2 * (DIM // COLUMNS)
+        _sample_part(q_ptr + batch * stride_qb + (head * GROUP + member) * stride_qh, stride_qn, stride_qd, sample_ptr, share_ptr,
+                     histogram_ptr, lane * GROUP + member, split, blocks_each, n_blocks, n_image_blocks,
+                     GRID_T, GRID_H, GRID_W, START, OUTSIDE, TILE_T, TILE_H, TILE_W, D, DIM, SAMPLES, BINS)
 
 
 @triton.jit
@@ -152,32 +181,3 @@ def pool_kernel(partial_ptr, partial_mass_ptr, covariance_ptr, column_scale_ptr,
     out = covariance_ptr + (lane * (2 * DIM) + at_row[:, None]) * DIM + column[None, :]
     tl.store(out, (pooled / largest[None, :]).to(covariance_ptr.dtype.element_ty))
     tl.store(column_scale_ptr + (lane * 2 + which) * DIM + column, tl.where(unit > TINY, largest / tl.maximum(unit, TINY), 0.0))
-
-
-@triton.jit
-def sample_kernel(q_ptr, stride_qb, stride_qh, stride_qn, stride_qd, sample_ptr, share_ptr, histogram_ptr,
-                  first_head, n_heads, n_image_units, n_image_blocks, GRID_T, GRID_H, GRID_W, START, OUTSIDE,
-                  TILE_T: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr, UNIT_BLOCKS: tl.constexpr,
-                  D: tl.constexpr, DIM: tl.constexpr, SAMPLES: tl.constexpr, BINS: tl.constexpr):
-    """Means of each quarter of a query unit [heads, SAMPLES, units, DIM] and the quarters' shares of its tokens [SAMPLES, units].
-
-    Clears the histogram too. Grid (image units, query heads of the round).
-    """
-    unit = tl.program_id(0)
-    lane = tl.program_id(1).to(tl.int64)
-    batch, head = (first_head + lane) // n_heads, (first_head + lane) % n_heads
-    ROWS: tl.constexpr = UNIT_BLOCKS * 64
-    dim = tl.arange(0, DIM)
-    sample = tl.arange(0, SAMPLES)
-    token, filled = unit_tokens(unit, tl.arange(0, ROWS), n_image_units, n_image_blocks, GRID_T, GRID_H, GRID_W, START, OUTSIDE,
-                                TILE_T, TILE_H, TILE_W, UNIT_BLOCKS)
-    q = tl.load(q_ptr + batch * stride_qb + head * stride_qh + token.to(tl.int64)[:, None] * stride_qn + dim[None, :] * stride_qd,
-                mask=filled[:, None] & (dim[None, :] < D), other=0.0)
-    count = tl.sum(tl.reshape(filled.to(tl.float32), (SAMPLES, ROWS // SAMPLES)), 1)
-    mean = tl.sum(tl.reshape(q.to(tl.float32), (SAMPLES, ROWS // SAMPLES, DIM)), 1) / tl.maximum(count, 1.0)[:, None]
-    out = sample_ptr + ((lane * SAMPLES + sample[:, None]) * n_image_units + unit) * DIM + dim[None, :]
-    tl.store(out, mean.to(sample_ptr.dtype.element_ty))
-    if lane == 0:
-        tl.store(share_ptr + sample * n_image_units + unit, count / tl.maximum(tl.sum(count, 0), 1.0))
-    if unit == 0:
-        tl.store(histogram_ptr + lane * BINS + tl.arange(0, BINS), tl.zeros((BINS,), tl.int32))
