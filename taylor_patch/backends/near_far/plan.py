@@ -19,7 +19,7 @@ GATHER_PROGRAMS = 528
 """Programs of the preparation kernel for k and v that are aimed at: a few for each of the 132 multiprocessors of a large GPU."""
 ROUTING_SAMPLES = 4
 """Means of a query block's quarters, which vote on its near blocks."""
-BINS = 2048
+BINS = 1024
 """Bins of the histogram of predicted masses."""
 
 CROSSOVER_TOKENS: dict[tuple[int, int], int] = {}
@@ -41,8 +41,10 @@ class Tiles:
     tma: bool = False
 
 
-DEFAULT_TILES = Tiles()
-TUNED: dict[tuple[int, int, int], Tiles] = {}
+TUNED: dict[tuple[int, int, int], Tiles] = {
+    (9, 2, 64): Tiles(tma=True),
+    (9, 2, 128): Tiles(tma=True),
+}
 """(major compute capability, bytes of an element, padded head_dim) -> tiles that were fastest."""
 
 
@@ -105,6 +107,11 @@ class Plan:
         return self.image_blocks + -(-self.outside // BLOCK)
 
     @cached_property
+    def score_steps(self) -> int:
+        """Tiles of 64 key blocks that one program of the scoring kernel goes through; one of them is counted in the histogram."""
+        return 1 << min(3, max(0, (self.image_blocks // 256).bit_length() - 1))
+
+    @cached_property
     def biased(self) -> bool:
         """True where keys have a bias: a key mask, or blocks of fewer than 64 tokens."""
         return self.masked or self.tokens != self.blocks * BLOCK
@@ -147,9 +154,9 @@ class Plan:
         yield "partial_mass", (splits, 2), full
         yield "sample", (self.group, ROUTING_SAMPLES, self.image_blocks, dim), half
         yield "sample_share", (ROUTING_SAMPLES, self.image_blocks), full
+        yield "log_total", (self.group, ROUTING_SAMPLES, self.image_blocks), full
         yield "far", (self.group, self.image_blocks, self.far_stride), full
-        yield "best", (self.group, self.image_blocks), torch.int32
-        yield "histogram", (self.group, BINS), torch.int32
+        yield "histogram", (self.group, 2 * BINS), torch.int32
         yield "list", (self.group, self.blocks, self.blocks), torch.int16 if self.blocks < 2**15 else torch.int32
         yield "count", (self.group, self.blocks), torch.int32
 
@@ -162,15 +169,12 @@ class Plan:
         """The temporary arrays of a round, uninitialised."""
         return {name: torch.empty(shape, dtype=dtype, device=device) for name, shape, dtype in self.buffers}
 
-    def wanted(self, density: float) -> int:
-        """Pairs of query block and key block that are exact in each head, before own and best blocks are added."""
-        return 2**31 - 1 if density >= 1 else round(density * self.image_blocks**2)
-
 
 def tiles_for(capability: tuple[int, int], dtype: torch.dtype, head_dim: int) -> Tiles:
-    """Tuned tiles where somebody measured, else ones that fit everywhere."""
+    """Tuned tiles where somebody measured, else ones that fit in shared memory nearly everywhere."""
     dim = max(16, 1 << (head_dim - 1).bit_length())
-    return TUNED.get((capability[0], dtype.itemsize, dim), DEFAULT_TILES)
+    fallback = Tiles(far=32, stages=1) if dim * dtype.itemsize > 256 else Tiles()
+    return TUNED.get((capability[0], dtype.itemsize, dim), fallback)
 
 
 @lru_cache(maxsize=256)

@@ -113,7 +113,7 @@ def _sample_part(q_base, stride_qn, stride_qd, sample_ptr, share_ptr, histogram_
         if lane == 0:
             tl.store(share_ptr + sample * n_image_blocks + block, count / tl.maximum(tl.sum(count, 0), 1.0))
     if split == 0:
-        tl.store(histogram_ptr + lane * BINS + tl.arange(0, BINS), tl.zeros((BINS,), tl.int32))
+        tl.store(histogram_ptr + lane * (2 * BINS) + tl.arange(0, 2 * BINS), tl.zeros((2 * BINS,), tl.int32))
 
 
 @triton.jit
