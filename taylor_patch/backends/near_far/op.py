@@ -73,7 +73,7 @@ def _precision(plan: plans.Plan) -> str:
 def prepare(plan: plans.Plan, space: dict[str, Tensor], q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, first: int,
             lanes: int) -> None:
     """Fill k, v, means, covariances and query samples of the lanes from `first` on."""
-    columns = min(plan.dim, 128)
+    columns = plan.column_tile
     wide = plan.dim > 128 or plan.dtype == torch.float32
     mask, stride_mb = (k, 0) if key_mask is None else (key_mask, key_mask.stride(0) if key_mask.shape[0] > 1 else 0)
     gather_kernel[(2 * plan.dim // columns + plan.group, plan.splits, lanes)](

@@ -17,6 +17,8 @@ WORKSPACE_LIMIT = 960 * 2**20
 """Bytes of temporary memory that a call aims to stay below; heads go in as many rounds as that takes, at least one head each."""
 GATHER_PROGRAMS = 528
 """Programs of the preparation kernel for k and v that are aimed at: a few for each of the 132 multiprocessors of a large GPU."""
+COLUMN_TILE = 128
+"""Most columns of a covariance that one program of the preparation makes."""
 ROUTING_SAMPLES = 4
 """Means of a query block's quarters, which vote on its near blocks."""
 BINS = 1024
@@ -80,9 +82,9 @@ class Plan:
         return max(16, 1 << (self.head_dim - 1).bit_length())
 
     @cached_property
-    def column_tiles(self) -> int:
-        """Column tiles of at most 128 in which the preparation makes its covariances."""
-        return max(1, self.dim // 128)
+    def column_tile(self) -> int:
+        """Columns of a covariance that one program of the preparation makes."""
+        return min(self.dim, COLUMN_TILE)
 
     @cached_property
     def tile(self) -> tuple[int, int, int]:
@@ -119,7 +121,7 @@ class Plan:
     @cached_property
     def splits(self) -> int:
         """Programs of the preparation kernel per lane and part."""
-        return max(1, min(self.blocks, GATHER_PROGRAMS // (2 * self.column_tiles * self.round_lanes)))
+        return max(1, min(self.blocks, GATHER_PROGRAMS // (2 * self.dim // self.column_tile * self.round_lanes)))
 
     @cached_property
     def round_lanes(self) -> int:

@@ -176,8 +176,11 @@ def pool_kernel(partial_ptr, partial_mass_ptr, covariance_ptr, column_scale_ptr,
         pooled += tl.load(partial_ptr + (at * (2 * DIM) + at_row[:, None]) * DIM + column[None, :])
         total += tl.load(partial_mass_ptr + at * 2)
         total_trace += tl.load(partial_mass_ptr + at * 2 + 1)
-    largest = tl.maximum(tl.max(tl.abs(pooled), 0), TINY)
+    largest = tl.max(tl.abs(pooled), 0)
+    some = largest > 1.0e-30
+    largest = tl.where(some, largest, 1.0)
     unit = tl.where(which == 0, total_trace, total)
+    per_unit = tl.where(unit > 1.0e-30, 1.0 / tl.maximum(unit, 1.0e-30), 0.0)
     out = covariance_ptr + (lane * (2 * DIM) + at_row[:, None]) * DIM + column[None, :]
     tl.store(out, (pooled / largest[None, :]).to(covariance_ptr.dtype.element_ty))
-    tl.store(column_scale_ptr + (lane * 2 + which) * DIM + column, tl.where(unit > TINY, largest / tl.maximum(unit, TINY), 0.0))
+    tl.store(column_scale_ptr + (lane * 2 + which) * DIM + column, tl.where(some, largest * per_unit, 0.0))
