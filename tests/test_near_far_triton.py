@@ -140,7 +140,7 @@ def test_descriptors_give_the_same():
 @pytest.mark.parametrize("masked", [False, True], ids=["no mask", "two masks"])
 def test_density_one_is_exact_attention(masked):
     call = make_call(2, 2, 1, 3, (1, 9, 14), 7, 64, torch.float16, masked, contiguous=False)
-    out, near = run_round(call, 1.0, "cumulant")
+    out, _ = run_round(call, 1.0, "cumulant")
     assert error(out, exact(call, torch.float64)) <= 1.5 * rounding(call)
 
 
@@ -221,7 +221,7 @@ def test_near_blocks_are_the_most_massive():
     assert int((near & wanted).sum()) >= 0.95 * int(wanted.sum())
     counts, lists = space["count"][0, 0], space["list"][0, 0].long()
     for row in range(near.shape[0]):
-        assert lists[row, : counts[row]].tolist() == near[row].nonzero().flatten().tolist()
+        assert sorted(lists[row, : counts[row]].tolist()) == near[row].nonzero().flatten().tolist()
 
 
 def test_operator_passes_the_checks_of_torch():

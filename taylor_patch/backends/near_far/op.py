@@ -9,11 +9,10 @@ from torch import Tensor
 
 from taylor_patch.backends.near_far import plan as plans
 from taylor_patch.backends.near_far.kernel import attend_kernel
-from taylor_patch.backends.near_far.prepare import gather_kernel, pool_kernel
+from taylor_patch.backends.near_far.prepare import covariance_kernel, gather_kernel, pool_kernel
 from taylor_patch.backends.near_far.routing import score_kernel, select_kernel, total_kernel
 from taylor_patch.call import AttentionCall, TokenGrid
 
-SCORE_WARPS = 4
 TAILS = {"none": 0, "zeroth": 1, "cumulant": 2}
 
 
@@ -73,15 +72,19 @@ def _precision(plan: plans.Plan) -> str:
 def prepare(plan: plans.Plan, space: dict[str, Tensor], q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, first: int,
             lanes: int) -> None:
     """Fill k, v, means, covariances and query samples of the lanes from `first` on."""
-    columns = plan.column_tile
-    wide = plan.dim > 128 or plan.dtype == torch.float32
+    wide = plan.dim * plan.dtype.itemsize > 256
     mask, stride_mb = (k, 0) if key_mask is None else (key_mask, key_mask.stride(0) if key_mask.shape[0] > 1 else 0)
-    gather_kernel[(2 * plan.dim // columns + plan.group, plan.splits, lanes)](
+    gather_kernel[(plan.blocks, lanes, 2 + plan.group)](
         q, *q.stride(), k, *k.stride(), v, *v.stride(), mask, stride_mb, space["k"], space["v"], space["bias"], space["mean_k"],
-        space["mean_v"], space["log_mass"], space["trace"], space["centre"], space["partial_covariance"], space["partial_mass"],
-        space["sample"], space["sample_share"], space["histogram"], first, plan.heads_kv, plan.group, -(-plan.blocks // plan.splits),
-        plan.blocks, plan.image_blocks, plan.far_stride, *_geometry(plan), plan.head_dim, plan.dim, columns, key_mask is not None,
-        plan.biased, _precision(plan), plans.ROUTING_SAMPLES, plans.BINS, num_warps=4 if plan.dim <= 128 else 8, num_stages=1 if wide else 2)
+        space["mean_v"], space["precise_k"], space["precise_v"], space["log_mass"], space["trace"], space["centre"], space["sample"],
+        space["sample_share"], space["histogram"], first, plan.heads_kv, plan.group, plan.blocks, plan.image_blocks, plan.far_stride,
+        *_geometry(plan), plan.head_dim, plan.dim, plans.ROUTING_SAMPLES, plans.BINS, key_mask is not None, plan.biased,
+        num_warps=4 if wide else 1)
+    columns = plan.column_tile
+    covariance_kernel[(2 * plan.dim // columns, plan.splits, lanes)](
+        space["k"], space["v"], space["bias"], space["precise_k"], space["precise_v"], space["log_mass"], space["trace"],
+        space["partial_covariance"], space["partial_mass"], -(-plan.image_blocks // plan.splits), plan.blocks, plan.image_blocks,
+        plan.far_stride, plan.dim, columns, key_mask is not None, _precision(plan), num_warps=8 if wide else 4, num_stages=1 if wide else 3)
     pool_kernel[(plan.dim // 16, 2, lanes)](space["partial_covariance"], space["partial_mass"], space["covariance"], space["column_scale"],
                                             plan.splits, plan.dim, 16)
 
@@ -96,7 +99,7 @@ def select(plan: plans.Plan, space: dict[str, Tensor], lanes: int, scale: float,
         plan.far_stride, plan.group, plan.dim, 16, 64, plans.ROUTING_SAMPLES, "tf32", num_warps=4, num_stages=stages)
     score_kernel[(triton.cdiv(plan.image_blocks, 64), triton.cdiv(plan.image_blocks, 64 * plan.score_steps), heads)](
         space["sample"], space["log_total"], space["mean_k"], space["log_mass"], space["far"], space["histogram"], factor,
-        plan.image_blocks, plan.far_stride, plan.group, plan.dim, 64, 64, plan.score_steps, plans.BINS, "tf32", num_warps=SCORE_WARPS,
+        plan.image_blocks, plan.far_stride, plan.group, plan.dim, 64, 64, plan.score_steps, plans.BINS, "tf32", num_warps=4,
         num_stages=stages)
     select_kernel[(triton.cdiv(plan.blocks, 8), heads)](
         space["far"], space["histogram"], space["log_mass"], space["list"], space["count"], density,

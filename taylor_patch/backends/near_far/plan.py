@@ -15,8 +15,8 @@ from taylor_patch.call import AttentionCall, TokenGrid
 
 WORKSPACE_LIMIT = 960 * 2**20
 """Bytes of temporary memory that a call aims to stay below; heads go in as many rounds as that takes, at least one head each."""
-GATHER_PROGRAMS = 528
-"""Programs of the preparation kernel for k and v that are aimed at: a few for each of the 132 multiprocessors of a large GPU."""
+COVARIANCE_PROGRAMS = 528
+"""Programs of the covariance kernel that are aimed at: a few for each of the 132 multiprocessors of a large GPU."""
 COLUMN_TILE = 128
 """Most columns of a covariance that one program of the preparation makes."""
 ROUTING_SAMPLES = 4
@@ -111,7 +111,7 @@ class Plan:
     @cached_property
     def score_steps(self) -> int:
         """Tiles of 64 key blocks that one program of the scoring kernel goes through; one of them is counted in the histogram."""
-        return 1 << min(3, max(0, (self.image_blocks // 256).bit_length() - 1))
+        return 1 << min(3, max(0, ((self.image_blocks - 1) // 128).bit_length() - 1))
 
     @cached_property
     def biased(self) -> bool:
@@ -121,7 +121,7 @@ class Plan:
     @cached_property
     def splits(self) -> int:
         """Programs of the preparation kernel per lane and part."""
-        return max(1, min(self.blocks, GATHER_PROGRAMS // (2 * self.dim // self.column_tile * self.round_lanes)))
+        return max(1, min(self.image_blocks, COVARIANCE_PROGRAMS // (2 * self.dim // self.column_tile * self.round_lanes)))
 
     @cached_property
     def round_lanes(self) -> int:
@@ -147,6 +147,8 @@ class Plan:
         yield "bias", (self.blocks * BLOCK if self.biased else 0,), full
         yield "mean_k", (self.image_blocks, dim), half
         yield "mean_v", (self.image_blocks, dim), half
+        yield "precise_k", (self.image_blocks, dim), full
+        yield "precise_v", (self.image_blocks, dim), full
         yield "log_mass", (self.far_stride,), full
         yield "trace", (self.far_stride,), full
         yield "centre", (dim,), full

@@ -96,7 +96,7 @@ def score_kernel(sample_ptr, log_total_ptr, mean_k_ptr, log_mass_ptr, far_ptr, h
 def select_kernel(far_ptr, histogram_ptr, log_mass_ptr, list_ptr, count_ptr, density, n_blocks, n_image_blocks, far_stride, GROUP,
                   QUERIES: tl.constexpr, KEYS: tl.constexpr, BINS: tl.constexpr):
     """Scores -> log2 masses of the far blocks of each query block, in place, -inf where a block is near or does not exist; and the near
-    blocks of each query block as a list, blocks outside the image last.
+    blocks of each query block as a list.
 
     Near are the most massive bins of the head that hold at most the share `density` of the pairs that were counted, the query block itself and its best block. Queries outside
     the image see every block. Grid (blocks / QUERIES, heads).
@@ -110,26 +110,27 @@ def select_kernel(far_ptr, histogram_ptr, log_mass_ptr, list_ptr, count_ptr, den
     from_here_up = tl.sum(counts, 0) - tl.cumsum(counts, 0) + counts
     threshold = tl.where(density < 1.0, tl.sum((from_here_up.to(tl.float32) > wanted).to(tl.int32), 0), 0)
     best_score = tl.full((QUERIES,), -1.0e4, tl.float32)
-    best = tl.full((QUERIES,), -1, tl.int32)
-    for first in range(0, n_image_blocks, KEYS):
-        key = (first + tl.arange(0, KEYS))[None, :]
-        octaves = tl.load(far_ptr + (lane * n_image_blocks + query[:, None]) * far_stride + key,
-                          mask=in_image[:, None] & (key < n_image_blocks), other=-1.0e4)
-        tile_best, tile_at = tl.max(octaves, 1, return_indices=True)
-        best = tl.where(tile_best > best_score, first + tile_at, best)
-        best_score = tl.maximum(best_score, tile_best)
+    best = tl.zeros((QUERIES,), tl.int32)
     out = list_ptr + (lane * n_blocks + query[:, None]) * n_blocks
     length = tl.zeros((QUERIES,), tl.int32)
     for first in range(0, tl.maximum(n_blocks, far_stride), KEYS):
         key = (first + tl.arange(0, KEYS))[None, :]
         far_at = far_ptr + (lane * n_image_blocks + query[:, None]) * far_stride + key
-        octaves = tl.load(far_at, mask=in_image[:, None] & (key < n_image_blocks), other=0.0)
+        octaves = tl.load(far_at, mask=in_image[:, None] & (key < n_image_blocks), other=-1.0e3)
         log_mass = tl.load(log_mass_ptr + kv_lane * far_stride + key, mask=key < n_image_blocks, other=float("-inf"))
-        near = (_bin(octaves, BINS) >= threshold) | (key == query[:, None]) | (key == best[:, None])
+        tile_best, tile_at = tl.max(octaves, 1, return_indices=True)
+        best = tl.where(tile_best > best_score, first + tile_at, best)
+        best_score = tl.maximum(best_score, tile_best)
+        near = (_bin(octaves, BINS) >= threshold) | (key == query[:, None])
         near = (near & (log_mass > float("-inf"))) | (key >= n_image_blocks) | ~in_image[:, None]
         tl.store(far_at, tl.where(near, float("-inf"), log_mass), mask=in_image[:, None] & (key < far_stride))
         near = (near & (key < n_blocks)).to(tl.int32)
         place = length[:, None] + tl.cumsum(near, 1) - 1
-        tl.store(out + place, tl.broadcast_to(key, (QUERIES, KEYS)).to(list_ptr.dtype.element_ty), mask=(near > 0) & (query < n_blocks)[:, None])
+        entry = tl.broadcast_to(key, (QUERIES, KEYS)).to(list_ptr.dtype.element_ty)
+        tl.store(out + place, entry, mask=(near > 0) & (query < n_blocks)[:, None])
         length += tl.sum(near, 1)
+    missed = in_image & (best != query) & (_bin(best_score, BINS) < threshold)
+    tl.store(far_ptr + (lane * n_image_blocks + query) * far_stride + best, tl.full((QUERIES,), float("-inf"), tl.float32), mask=missed)
+    tl.store(list_ptr + (lane * n_blocks + query) * n_blocks + length, best.to(list_ptr.dtype.element_ty), mask=missed)
+    length += missed.to(tl.int32)
     tl.store(count_ptr + lane * n_blocks + query, length, mask=query < n_blocks)
