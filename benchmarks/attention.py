@@ -35,7 +35,8 @@ from taylor_patch.backends.near_far import NearFar, NearFarOptions, op, plan, re
 from taylor_patch.call import AttentionCall, TokenGrid
 
 GRIDS = {4_608: TokenGrid(1, 72, 64), 8_192: TokenGrid(1, 128, 64), 16_896: TokenGrid(1, 132, 128), 33_280: TokenGrid(1, 208, 160),
-         66_048: TokenGrid(1, 344, 192), 118_784: TokenGrid(1, 464, 256), 119_056: TokenGrid(33, 45, 80, 256), 16_400: TokenGrid(1, 128, 128, 16)}
+         66_048: TokenGrid(1, 344, 192), 118_784: TokenGrid(1, 464, 256), 119_056: TokenGrid(33, 45, 80, 256),
+         16_400: TokenGrid(1, 128, 128, 16)}
 """Tokens -> where they lie. 119,056: HunyuanVideo, 129 frames at 720p with 256 text tokens; 16,400: the demo's model at 256 px."""
 ROWS = 64
 """Query rows of each head that are compared with exact attention."""
@@ -68,7 +69,8 @@ def cases(quick: bool) -> Iterator[Case]:
         yield Case("near_far", n, "smooth", 0.05)
         yield Case("near_far", n, density=0.05, d=64)
         yield Case("cudnn", n)
-        yield Case("flash", n)
+        if n < 100_000:
+            yield Case("flash", n)
         yield Case("cudnn", n, d=64)
         yield Case("sage", n)
     if not quick:
@@ -195,7 +197,7 @@ def row(case: Case, reps: int, environment: dict[str, Any]) -> dict[str, Any]:
         return {**what, "failed": f"error is {passed:.2f} times that of SDPA", **environment}
     q, k, v = inputs(case.n, case.data, case.b, case.h, case.d, case.dtype)
     run = PROVIDERS[case.provider](case)
-    times, peak = measure(lambda: run(q, k, v), reps)
+    times, peak = measure(lambda: run(q, k, v), reps if case.provider == "near_far" else max(3, reps // 2))
     rows = torch.randperm(case.n, generator=torch.Generator().manual_seed(0))[:ROWS].cuda()
     errors = relative(run(q, k, v)[:, :, rows], softmax_rows(q, k, v, rows))
     quantiles = statistics.quantiles(times, n=5)
@@ -208,7 +210,8 @@ def describe(commit: str) -> dict[str, Any]:
     """GPU, versions, commit and time (UTC)."""
     import triton
 
-    driver = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True).stdout.strip()
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    driver = subprocess.run(query, capture_output=True, text=True).stdout.strip()
     return {"gpu": torch.cuda.get_device_name(), "driver": driver, "torch": torch.__version__, "triton": triton.__version__, "commit": commit,
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
 

@@ -43,8 +43,8 @@ def exact64(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def quantiles(errors: list[float]) -> dict[str, Any]:
     """Median, 90th percentile, maximum and count."""
     x = torch.tensor(errors, dtype=torch.float64)
-    return {"rel_l2_median": round(float(x.median()), 6), "rel_l2_p90": round(float(x.quantile(0.9)), 6), "rel_l2_max": round(float(x.max()), 6),
-            "heads": len(errors)}
+    return {"rel_l2_median": round(float(x.median()), 6), "rel_l2_p90": round(float(x.quantile(0.9)), 6),
+            "rel_l2_max": round(float(x.max()), 6), "heads": len(errors)}
 
 
 def heads() -> Iterator[dict[str, Any]]:
@@ -85,8 +85,9 @@ def pictures() -> Iterator[dict[str, Any]]:
         def attend(q: Tensor, k: Tensor, v: Tensor, backend: NearFar = backend, error: float = error) -> Tensor:
             return backend.run(AttentionCall(q, k, v, q.shape[-1] ** -0.5, grid=GRID, target_error=error))
 
-        values = [round(psnr(sample(picture, SIZE, STEPS, lambda step: attend), exact[picture]), 2) for picture in PICTURES]  # noqa: B023
-        yield {"what": "pictures", "provider": "near_far", "density": label, "psnr_db": values, "psnr_db_mean": round(sum(values) / len(values), 2)}
+        values = [round(psnr(sample(picture, SIZE, STEPS, lambda step: attend), exact[picture]), 2) for picture in PICTURES]
+        yield {"what": "pictures", "provider": "near_far", "density": label, "psnr_db": values,
+               "psnr_db_mean": round(sum(values) / len(values), 2)}
 
 
 def main() -> None:

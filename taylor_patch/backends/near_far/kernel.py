@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from taylor_patch.backends.near_far.layout import block_tokens
+from taylor_patch.backends.near_far.layout import SIZES, block_tokens
 
 CUMULANT = tl.constexpr(2)
 ZEROTH = tl.constexpr(1)
@@ -23,7 +23,7 @@ def _rows(x, base, first, n, DIM: tl.constexpr, ROWS: tl.constexpr, TMA: tl.cons
     return rows
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def attend_kernel(q_ptr, stride_qb, stride_qh, stride_qn, stride_qd, out_ptr, stride_ob, stride_oh, stride_on, stride_od,
                   k, v, bias_ptr, mean_k, mean_v, trace_ptr, centre_ptr, covariance, column_scale_ptr, far_ptr, list_ptr, count_ptr,
                   scale, first_head, n_heads, GROUP, n_blocks, n_image_blocks, far_stride, GRID_T, GRID_H, GRID_W, START, OUTSIDE,

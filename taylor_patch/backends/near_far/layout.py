@@ -5,6 +5,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+SIZES = ("n_blocks", "n_image_blocks", "n_splits", "n_heads", "first_lane", "first_head", "blocks_each", "GRID_T", "GRID_H", "GRID_W", "START",
+         "OUTSIDE")
+"""Arguments on whose values kernels are not specialised, so that a new size of picture compiles nothing."""
+
 
 @triton.jit
 def block_tokens(block, place, n_image_blocks, GRID_T, GRID_H, GRID_W, START, OUTSIDE,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from taylor_patch.backends.near_far import plan as plans
@@ -79,12 +78,13 @@ def prepare(plan: plans.Plan, space: dict[str, Tensor], q: Tensor, k: Tensor, v:
         space["mean_v"], space["precise_k"], space["precise_v"], space["log_mass"], space["trace"], space["centre"], space["sample"],
         space["sample_share"], space["histogram"], first, plan.heads_kv, plan.group, plan.blocks, plan.image_blocks, plan.far_stride,
         *_geometry(plan), plan.head_dim, plan.dim, plans.ROUTING_SAMPLES, plans.BINS, key_mask is not None, plan.biased,
-        num_warps=4 if wide else 1)
+        num_warps=4 if wide else 2)
     columns = plan.column_tile
     covariance_kernel[(2 * plan.dim // columns, plan.splits, lanes)](
         space["k"], space["v"], space["bias"], space["precise_k"], space["precise_v"], space["log_mass"], space["trace"],
         space["partial_covariance"], space["partial_mass"], -(-plan.image_blocks // plan.splits), plan.blocks, plan.image_blocks,
-        plan.far_stride, plan.dim, columns, key_mask is not None, _precision(plan), num_warps=8 if wide else 4, num_stages=1 if wide else 3)
+        plan.far_stride, plan.dim, columns, key_mask is not None, _precision(plan), num_warps=8 if wide else 4,
+        num_stages=1 if wide else 3)
     pool_kernel[(plan.dim // 16, 2, lanes)](space["partial_covariance"], space["partial_mass"], space["covariance"], space["column_scale"],
                                             plan.splits, plan.dim, 16)
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from taylor_patch.backends.near_far.layout import block_tokens
+from taylor_patch.backends.near_far.layout import SIZES, block_tokens
 
 TINY = tl.constexpr(1.1754943508222875e-38)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def gather_kernel(q_ptr, stride_qb, stride_qh, stride_qn, stride_qd, k_ptr, stride_kb, stride_kh, stride_kn, stride_kd,
                   v_ptr, stride_vb, stride_vh, stride_vn, stride_vd, mask_ptr, stride_mb, k_out_ptr, v_out_ptr, bias_ptr,
                   mean_k_ptr, mean_v_ptr, precise_k_ptr, precise_v_ptr, log_mass_ptr, trace_ptr, centre_ptr,
@@ -21,8 +21,8 @@ def gather_kernel(q_ptr, stride_qb, stride_qh, stride_qn, stride_qd, k_ptr, stri
     and float32 ones), log2 masses, traces tr(S_b), biases times log2 e; means of the quarters of query blocks [heads, SAMPLES, image
     blocks, DIM] and the quarters' shares of the blocks' tokens.
 
-    Clears the histogram too. Grid (blocks, lanes, 2 + GROUP): k, v, then the query heads of the lane. One warp, so that sums need no
-    shared memory.
+    Clears the histogram too. Grid (blocks, lanes, 2 + GROUP): k, v, then the query heads of the lane. Few warps a program: sums across
+    warps are what costs time.
     """
     block = tl.program_id(0)
     lane = tl.program_id(1).to(tl.int64)
@@ -103,10 +103,7 @@ def _covariance_part(k_ptr, x_ptr, bias_ptr, precise_k_ptr, precise_x_ptr, log_m
     for block in range(split * blocks_each, tl.minimum((split + 1) * blocks_each, n_image_blocks)):
         row = (lane * n_blocks + block) * 64 + place
         x = tl.load(x_ptr + row[:, None] * DIM + part[None, :])
-        if IS_KEY and DIM == COLUMNS:
-            k = x
-        else:
-            k = tl.load(k_ptr + row[:, None] * DIM + dim[None, :])
+        k = x if IS_KEY and DIM == COLUMNS else tl.load(k_ptr + row[:, None] * DIM + dim[None, :])
         if MASKED:
             k = (k.to(tl.float32) * tl.exp2(tl.load(bias_ptr + row))[:, None]).to(k.dtype)
         mass = tl.exp2(tl.load(log_mass_ptr + lane * far_stride + block))
@@ -126,7 +123,7 @@ def _covariance_part(k_ptr, x_ptr, bias_ptr, precise_k_ptr, precise_x_ptr, log_m
         tl.store(partial_mass_ptr + at * 2 + 1, total_trace)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def covariance_kernel(k_ptr, v_ptr, bias_ptr, precise_k_ptr, precise_v_ptr, log_mass_ptr, trace_ptr, partial_ptr, partial_mass_ptr,
                       blocks_each, n_blocks, n_image_blocks, far_stride, DIM: tl.constexpr, COLUMNS: tl.constexpr,
                       MASKED: tl.constexpr, PRECISION: tl.constexpr):
@@ -147,7 +144,7 @@ def covariance_kernel(k_ptr, v_ptr, bias_ptr, precise_k_ptr, precise_v_ptr, log_
                          DIM, COLUMNS, False, MASKED, PRECISION)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def pool_kernel(partial_ptr, partial_mass_ptr, covariance_ptr, column_scale_ptr, n_splits, DIM: tl.constexpr, COLUMNS: tl.constexpr):
     """Sums of the splits -> [2, DIM, DIM]: S_w / mean trace and C_w, each column divided by its largest value.
 

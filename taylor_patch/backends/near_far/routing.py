@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from taylor_patch.backends.near_far.layout import SIZES
+
 
 @triton.jit
 def _bin(octaves, BINS: tl.constexpr):
@@ -15,7 +17,7 @@ def _bin(octaves, BINS: tl.constexpr):
     return (BINS // 2 + (BINS // 2 - 1) * octaves / (1.0 + tl.abs(octaves))).to(tl.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def total_kernel(sample_ptr, share_ptr, mean_k_ptr, log_mass_ptr, log_total_ptr, factor, n_blocks, far_stride, GROUP,
                  DIM: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, SAMPLES: tl.constexpr, PRECISION: tl.constexpr):
     """log2 of the sum over all block means of n_b exp(scale q.k_b), less log2 of the share that a sample has in its block.
@@ -49,7 +51,7 @@ def _mass(q, log_total, mean, log_mass, factor, PRECISION: tl.constexpr):
     return tl.exp2(tl.dot(q, tl.trans(mean), input_precision=PRECISION) * factor + log_mass[None, :] - log_total[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def score_kernel(sample_ptr, log_total_ptr, mean_k_ptr, log_mass_ptr, far_ptr, histogram_ptr, factor, n_blocks, far_stride, GROUP,
                  DIM: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, STEPS: tl.constexpr, BINS: tl.constexpr,
                  PRECISION: tl.constexpr):
@@ -92,14 +94,14 @@ def score_kernel(sample_ptr, log_total_ptr, mean_k_ptr, log_mass_ptr, far_ptr, h
             tl.atomic_add(histogram_ptr + lane * (2 * BINS) + BINS, tl.sum(tl.sum(valid.to(tl.int32), 1), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def select_kernel(far_ptr, histogram_ptr, log_mass_ptr, list_ptr, count_ptr, density, n_blocks, n_image_blocks, far_stride, GROUP,
                   QUERIES: tl.constexpr, KEYS: tl.constexpr, BINS: tl.constexpr):
     """Scores -> log2 masses of the far blocks of each query block, in place, -inf where a block is near or does not exist; and the near
     blocks of each query block as a list.
 
-    Near are the most massive bins of the head that hold at most the share `density` of the pairs that were counted, the query block itself and its best block. Queries outside
-    the image see every block. Grid (blocks / QUERIES, heads).
+    Near are the most massive bins of the head that hold at most the share `density` of the pairs that were counted, the query block itself
+    and its best block. Queries outside the image see every block. Grid (blocks / QUERIES, heads).
     """
     lane = tl.program_id(1).to(tl.int64)
     kv_lane = lane // GROUP
