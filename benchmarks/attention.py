@@ -146,7 +146,7 @@ def softmax_rows(q: Tensor, k: Tensor, v: Tensor, rows: Tensor) -> Tensor:
 
 @lru_cache(maxsize=64)
 def gate(provider: str, d: int, dtype: torch.dtype) -> float:
-    """Error at 2,048 tokens over the error of SDPA in the same dtype; at most 1.5 passes (sage, which is 8-bit: 20)."""
+    """Error at 2,048 tokens over the error of SDPA in the same dtype; at most 2 passes (sage, which is 8-bit: 20)."""
     gen = torch.Generator("cuda").manual_seed(2)
     q, k, v = (torch.randn(1, 2, 2_048, d, generator=gen, device="cuda", dtype=dtype) for _ in range(3))
     rows = torch.arange(2_048, device="cuda")
@@ -193,7 +193,7 @@ def row(case: Case, reps: int, environment: dict[str, Any]) -> dict[str, Any]:
         passed = gate(case.provider, case.d, case.dtype)
     except ImportError as error:
         return {**what, "skipped": str(error), **environment}
-    if passed > (20 if case.provider == "sage" else 1.5):
+    if passed > (20 if case.provider == "sage" else 2.0):
         return {**what, "failed": f"error is {passed:.2f} times that of SDPA", **environment}
     q, k, v = inputs(case.n, case.data, case.b, case.h, case.d, case.dtype)
     run = PROVIDERS[case.provider](case)
