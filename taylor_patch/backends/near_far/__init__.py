@@ -72,6 +72,8 @@ class NearFar(Backend):
             reasons.append(f"fewer tokens than min_tokens = {self.options.min_tokens}")
         if call.scale <= 0:
             reasons.append(f"scale {call.scale} is not positive")
+        if call.q.device.type == "cuda" and has_triton() and call.q.dtype == torch.float32 and call.q.shape[3] > 128:
+            reasons.append("float32 with head_dim above 128 does not fit in shared memory")
         return tuple(reasons)
 
     def crossover_tokens(self, device: torch.device) -> int | None:

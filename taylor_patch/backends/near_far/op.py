@@ -12,24 +12,31 @@ from taylor_patch.backends.near_far.prepare import covariance_kernel, gather_ker
 from taylor_patch.backends.near_far.routing import score_kernel, select_kernel, total_kernel
 from taylor_patch.call import AttentionCall, TokenGrid
 
+try:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:  # before Triton 3.4
+    TensorDescriptor = None
 TAILS = {"none": 0, "zeroth": 1, "cumulant": 2}
 
 
 def attend(call: AttentionCall, density: float, tail: str = "cumulant") -> Tensor:
-    """near_far attention of a call -> [B, H, N, D] in q's dtype, stored [B, N, H, D] as ComfyUI's models want it."""
+    """near_far attention of a call -> [B, H, N, D] in q's dtype, stored [B, N, H, D] as ComfyUI's models want it.
+
+    torch.compile sees one operator; outside it the kernels are launched directly, which costs the host less.
+    """
     grid = call.grid
     assert grid is not None  # NearFar.reasons_against refuses a call without one
-    return near_far(call.q, call.k, call.v, call.key_mask, [grid.t, grid.h, grid.w, grid.start], call.scale, density, tail)
+    if torch.compiler.is_compiling():
+        return near_far(call.q, call.k, call.v, call.key_mask, [grid.t, grid.h, grid.w, grid.start], call.scale, density, tail)
+    return run(plans.of_call(call), call.q, call.k, call.v, call.key_mask, call.scale, density, tail)
 
 
 @torch.library.custom_op("taylor_patch::near_far", mutates_args=())
 def near_far(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, grid: list[int], scale: float, density: float,
              tail: str) -> Tensor:
     """q [B, H, N, D]; k, v [B, H_kv, N, D]; key_mask [B or 1, N] additive float32; grid (t, h, w, start) -> [B, H, N, D]."""
-    capability = torch.cuda.get_device_capability(q.device) if q.device.type == "cuda" else (0, 0)
-    plan = plans.make(q.shape[0], q.shape[1], k.shape[1], q.shape[2], q.shape[3], q.dtype, key_mask is not None, TokenGrid(*grid),
-                      capability)
-    return run(plan, q, k, v, key_mask, scale, density, tail)
+    call = AttentionCall(q, k, v, scale, key_mask, grid=TokenGrid(*grid))
+    return run(plans.of_call(call), q, k, v, key_mask, scale, density, tail)
 
 
 @near_far.register_fake
@@ -84,7 +91,7 @@ def prepare(plan: plans.Plan, space: dict[str, Tensor], q: Tensor, k: Tensor, v:
         space["k"], space["v"], space["bias"], space["precise_k"], space["precise_v"], space["log_mass"], space["trace"],
         space["partial_covariance"], space["partial_mass"], -(-plan.image_blocks // plan.splits), plan.blocks, plan.image_blocks,
         plan.far_stride, plan.dim, columns, key_mask is not None, _precision(plan), num_warps=8 if wide else 4,
-        num_stages=1 if wide else 3)
+        num_stages=1 if wide else 3 if plan.tiles.tma else 2)
     pool_kernel[(plan.dim // 16, 2, lanes)](space["partial_covariance"], space["partial_mass"], space["covariance"], space["column_scale"],
                                             plan.splits, plan.dim, 16)
 
@@ -92,7 +99,8 @@ def prepare(plan: plans.Plan, space: dict[str, Tensor], q: Tensor, k: Tensor, v:
 def select(plan: plans.Plan, space: dict[str, Tensor], lanes: int, scale: float, density: float) -> None:
     """Near blocks of every query block of a round, from the samples and block means."""
     heads = lanes * plan.group
-    stages = 1 if plan.dtype == torch.float32 else 2
+    # Two stages need more shared memory than GPUs without a tensor memory accelerator have.
+    stages = 2 if plan.tiles.tma else 1
     factor = scale * 1.4426950408889634
     total_kernel[(triton.cdiv(plan.image_blocks, 16), heads)](
         space["sample"], space["sample_share"], space["mean_k"], space["log_mass"], space["log_total"], factor, plan.image_blocks,
@@ -111,14 +119,13 @@ def attend_round(plan: plans.Plan, space: dict[str, Tensor], q: Tensor, out: Ten
     """Attention of the lanes from `first` on, from a filled workspace into `out`."""
     tiles = plan.tiles
     k, v, mean_k, mean_v, covariance = (space[name].view(-1, plan.dim) for name in ("k", "v", "mean_k", "mean_v", "covariance"))
-    if tiles.tma:
-        from triton.tools.tensor_descriptor import TensorDescriptor
-
+    tma = tiles.tma and TensorDescriptor is not None
+    if tma:
         k, v = (TensorDescriptor.from_tensor(x, [64, plan.dim]) for x in (k, v))
         mean_k, mean_v = (TensorDescriptor.from_tensor(x, [tiles.far, plan.dim]) for x in (mean_k, mean_v))
         covariance = TensorDescriptor.from_tensor(covariance, [plan.dim, plan.dim])
     attend_kernel[(plan.blocks, lanes * plan.group)](
         q, *q.stride(), out, *out.stride(), k, v, space["bias"], mean_k, mean_v, space["trace"], space["centre"], covariance,
         space["column_scale"], space["far"], space["list"], space["count"], scale, first * plan.group, plan.heads, plan.group, plan.blocks,
-        plan.image_blocks, plan.far_stride, *_geometry(plan), plan.head_dim, plan.dim, tiles.far, plan.biased, TAILS[tail], tiles.tma,
+        plan.image_blocks, plan.far_stride, *_geometry(plan), plan.head_dim, plan.dim, tiles.far, plan.biased, TAILS[tail], tma,
         _precision(plan), num_warps=tiles.warps, num_stages=tiles.stages, maxnreg=tiles.registers or None)

@@ -24,8 +24,8 @@ ROUTING_SAMPLES = 4
 BINS = 1024
 """Bins of the histogram of predicted masses."""
 
-CROSSOVER_TOKENS: dict[tuple[int, int], int] = {}
-"""Compute capability -> tokens from which near_far was measured to be faster than exact attention."""
+CROSSOVER_TOKENS: dict[tuple[int, int], int] = {(9, 0): 8192}
+"""Compute capability -> least tokens at which near_far was measured to be faster than exact attention (docs/performance.md)."""
 
 
 @dataclass(frozen=True)
