@@ -78,9 +78,7 @@ class NearFar(Backend):
 
     def crossover_tokens(self, device: torch.device) -> int | None:
         """See Backend.crossover_tokens."""
-        if device.type != "cuda" or not has_triton():
-            return None
-        return plan.CROSSOVER_TOKENS.get(torch.cuda.get_device_capability(device))
+        return plan.CROSSOVER_TOKENS.get(plan.capability_of(device)) if has_triton() else None
 
     def workspace_nbytes(self, call: AttentionCall) -> int:
         """See Backend.workspace_nbytes."""

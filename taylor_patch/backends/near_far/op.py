@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import triton
 from torch import Tensor
@@ -56,11 +58,13 @@ def run(plan: plans.Plan, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | No
     space = plan.allocate(q.device)
     if key_mask is not None and key_mask.stride(1) != 1:
         key_mask = key_mask.contiguous()
-    for first in range(0, plan.lanes, plan.round_lanes):
-        lanes = min(plan.round_lanes, plan.lanes - first)
-        prepare(plan, space, q, k, v, key_mask, first, lanes)
-        select(plan, space, lanes, scale, density)
-        attend_round(plan, space, q, out, first, lanes, scale, tail)
+    # Triton launches on the current device, which need not be that of q.
+    with torch.cuda.device(q.device) if q.device.type == "cuda" else nullcontext():
+        for first in range(0, plan.lanes, plan.round_lanes):
+            lanes = min(plan.round_lanes, plan.lanes - first)
+            prepare(plan, space, q, k, v, key_mask, first, lanes)
+            select(plan, space, lanes, scale, density)
+            attend_round(plan, space, q, out, first, lanes, scale, tail)
     return out
 
 

@@ -188,9 +188,14 @@ def make(batch: int, heads: int, heads_kv: int, tokens: int, head_dim: int, dtyp
     return Plan(batch, heads, heads_kv, tokens, head_dim, dtype, masked, grid, tiles_for(capability, dtype, head_dim))
 
 
+def capability_of(device: torch.device) -> tuple[int, int]:
+    """Compute capability of an NVIDIA GPU, (0, 0) for anything else."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" and torch.version.hip is None else (0, 0)
+
+
 def of_call(call: AttentionCall) -> Plan:
     """The plan of a call."""
     assert call.grid is not None
     batch, heads, tokens, head_dim = call.q.shape
-    capability = torch.cuda.get_device_capability(call.q.device) if call.q.device.type == "cuda" else (0, 0)
+    capability = capability_of(call.q.device)
     return make(batch, heads, call.k.shape[1], tokens, head_dim, call.q.dtype, call.key_mask is not None, call.grid, capability)
