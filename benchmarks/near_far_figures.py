@@ -58,7 +58,8 @@ def error_against_density() -> None:
     axes.set(yscale="log", xlabel="share of exact blocks", ylabel="relative L2 error of a head", title="trained model, 16,400 tokens, 40 heads")
     axes.set_xticks([0.05, 0.1, 0.2], ["5%", "10%", "20%"])
     axes.grid(alpha=0.3, which="both")
-    axes.legend(fontsize=8)
+    axes.set_ylim(5e-3, 3)
+    axes.legend(fontsize=8, loc="upper right", ncols=2)
     save(figure, "near-far-error")
 
 
