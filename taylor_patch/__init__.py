@@ -10,9 +10,11 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "AttentionCall": "taylor_patch.call",
     "Backend": "taylor_patch.backends.base",
+    "Choice": "taylor_patch.router",
     "TaylorPatchError": "taylor_patch.errors",
     "TokenGrid": "taylor_patch.call",
     "attention": "taylor_patch.api",
+    "explain": "taylor_patch.api",
     "hookimpl": "taylor_patch.hookspecs",
     "install": "taylor_patch.api",
     "status": "taylor_patch.api",
@@ -22,14 +24,19 @@ _PUBLIC = {
 __all__ = [
     "AttentionCall",
     "Backend",
+    "Choice",
     "TaylorPatchError",
     "TokenGrid",
     "attention",
+    "explain",
     "hookimpl",
     "install",
     "status",
     "uninstall",
 ]
+
+
+_started = False
 
 
 def __getattr__(name: str) -> object:
@@ -41,11 +48,16 @@ def __getattr__(name: str) -> object:
 
 
 def _startup() -> None:
-    """Entry point of the start-up files: do nothing unless TAYLOR_PATCH asks for it, and never raise."""
+    """Entry point of the start-up files: do nothing unless TAYLOR_PATCH asks for it, and never raise.
+
+    Virtual environments run start-up files twice before Python 3.15; only the first time counts.
+    """
+    global _started
     import os
 
-    if os.environ.get("TAYLOR_PATCH", "") in ("", "0"):
+    if _started or os.environ.get("TAYLOR_PATCH", "") in ("", "0"):
         return
+    _started = True
     try:
         from taylor_patch.startup import activate
 

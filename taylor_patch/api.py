@@ -1,17 +1,21 @@
-"""The public functions: install, uninstall, status, attention."""
+"""The public functions: attention and explain outside ComfyUI; install, uninstall and status inside it."""
 
 from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
+from taylor_patch import config as configuration
 from taylor_patch import engine as engines
 from taylor_patch import startup
-from taylor_patch.call import AttentionCall, TokenGrid
-from taylor_patch.errors import BackendRefused, nearest
+from taylor_patch.backends.base import Backend
+from taylor_patch.call import AttentionCall, TokenGrid, Unsupported, from_heads_first
+from taylor_patch.errors import BackendRefused, TaylorPatchError, nearest
+from taylor_patch.router import Choice
 
 
 def install() -> None:
@@ -47,21 +51,84 @@ def status() -> dict[str, Any]:
     }
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str, scale: float | None = None, key_mask: Tensor | None = None,
-              grid: TokenGrid | None = None, quality: float | None = None) -> Tensor:
-    """Attention by a backend that is named, outside ComfyUI.
+def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto", mask: Tensor | None = None, scale: float | None = None,
+              grid: tuple[int, int, int] | None = None, text: tuple[int, int] | None = None, quality: str | float | None = None,
+              options: Mapping[str, Any] | None = None) -> Tensor:
+    """Attention outside ComfyUI, by a backend that is named or by the one that `auto` takes.
 
-    q: [B, H, N_q, D]; k, v: [B, H_kv, N_kv, D]; key_mask: [B or 1, N_kv] additive float32; scale: 1/sqrt(D) unless given.
-    Returns [B, H, N_q, D]. Raises BackendRefused with every reason; never takes another backend instead.
+    q: [B, H, N, D]; k, v: [B, H_kv, M, D] with H a multiple of H_kv; fp16, bf16 or fp32, any strides. They are not changed.
+    backend: "auto" (exact attention where no backend is known to be faster), "sdpa" (exact) or a name of `taylor-patch backends`.
+    mask: bool (True = keep) or additive, 2-D to 4-D, broadcast as scaled_dot_product_attention does.
+    scale: factor of q.k before the softmax, 1/sqrt(D) unless given.
+    grid: (t, h, w) of the image or video tokens, row-major; t = 1 for an image. Backends that use neighbourhood need it.
+    text: (start, stop) of the tokens that are not of the grid; they come before or after it.
+    quality: "lossless", "balanced", "fast" or a relative L2 error; of the configuration unless given.
+    options: options of the named backend, as under [backends.NAME]; of the configuration unless given.
+    Returns [B, H, N, D] in q's dtype. Raises BackendRefused with every reason where a named backend cannot run (it never takes
+    another instead), TaylorPatchError where the arguments do not fit together, ConfigError for wrong options or quality.
     """
-    current = engines.engine()
-    if backend not in current.router.backends:
-        names = sorted(current.router.backends)
-        raise BackendRefused(f'backend "{backend}" is not one of {", ".join(names)}.' + nearest(backend, names))
-    call = AttentionCall(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale, key_mask=key_mask, grid=grid,
-                         target_error=current.config.target_error if quality is None else quality)
-    chosen = current.router.backends[backend]
-    if reasons := chosen.reasons_against(call):
-        raise BackendRefused(f'backend "{backend}" cannot run q {list(q.shape)} {str(q.dtype).removeprefix("torch.")}, '
-                             f"k {list(k.shape)} on {q.device}: {'; '.join(reasons)}. Use backend=\"sdpa\" for exact attention.")
+    call = _call(q, k, v, mask, scale, grid, text, quality)
+    choice = _choose(call, backend, options)
+    if choice.backend is None and backend not in ("auto", "sdpa"):
+        raise BackendRefused(f"{_shown(backend, call)}: {'; '.join(choice.reasons)}. Use backend=\"sdpa\" for exact attention.")
+    chosen = choice.backend or engines.engine().router.backends["sdpa"]
     return chosen.run(call)
+
+
+def explain(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto", mask: Tensor | None = None, scale: float | None = None,
+            grid: tuple[int, int, int] | None = None, text: tuple[int, int] | None = None, quality: str | float | None = None,
+            options: Mapping[str, Any] | None = None) -> Choice:
+    """The Choice that `attention` would make with these arguments, with all reasons; nothing is run.
+
+    Choice.backend is None where attention would be exact (or, for a named backend, refused).
+    """
+    return _choose(_call(q, k, v, mask, scale, grid, text, quality), backend, options)
+
+
+def _call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, grid: tuple[int, int, int] | None,
+          text: tuple[int, int] | None, quality: str | float | None) -> AttentionCall:
+    try:
+        where = None if grid is None else _placed_grid(q.shape[2], grid, text)
+        quality = engines.engine().config.settings.quality if quality is None else quality
+        return from_heads_first(q, k, v, mask=mask, scale=scale, grid=where, target_error=configuration.quality_value(quality))
+    except Unsupported as error:
+        raise TaylorPatchError(f"{error}: q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}") from None
+
+
+def _placed_grid(tokens: int, grid: tuple[int, int, int], text: tuple[int, int] | None) -> TokenGrid:
+    """The grid in a sequence of `tokens` tokens whose others are [text[0], text[1])."""
+    count, (start, stop) = grid[0] * grid[1] * grid[2], text or (0, 0)
+    if count + stop - start != tokens or (start > 0 and start != count):
+        raise TaylorPatchError(f"grid {tuple(grid)} ({count} tokens) and text {text} do not make up the {tokens} tokens of q: "
+                               "text must be all tokens before or after the grid")
+    return TokenGrid(*grid, start=0 if start > 0 else stop)
+
+
+def _choose(call: AttentionCall, name: str, options: Mapping[str, Any] | None) -> Choice:
+    router = engines.engine().router
+    if name == "auto":
+        if options is not None:
+            raise TaylorPatchError('options are those of one backend; name it instead of "auto"')
+        return router.automatic(call)
+    chosen = _named(name, options)
+    if name == "sdpa":
+        return Choice(None, ('backend = "sdpa"',))
+    reasons = chosen.reasons_against(call)
+    return Choice(None, reasons) if reasons else Choice(chosen)
+
+
+def _named(name: str, options: Mapping[str, Any] | None) -> Backend:
+    backends = engines.engine().router.backends
+    if name not in backends:
+        names = ["auto", *sorted(backends)]
+        raise BackendRefused(f'backend "{name}" is not one of {", ".join(names)}.' + nearest(name, names))
+    kind = type(backends[name])
+    if options is None:
+        return backends[name]
+    layer = configuration.Layer("options", {"backends": {name: dict(options)}})
+    return kind(configuration.merge([layer], {name: kind.options_type}).options[name])
+
+
+def _shown(name: str, call: AttentionCall) -> str:
+    return (f'backend "{name}" cannot run q {list(call.q.shape)} {str(call.q.dtype).removeprefix("torch.")}, '
+            f"k {list(call.k.shape)} on {call.q.device}")

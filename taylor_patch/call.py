@@ -30,6 +30,7 @@ class AttentionCall:
 
     q: [B, H, N_q, D]; k, v: [B, H_kv, N_kv, D], fp16, bf16 or fp32, any strides, H a multiple of H_kv.
     key_mask: [B or 1, N_kv] additive float32 (-inf hides a key), or None.
+    row_mask: a mask that depends on the query row or the head, as it came ([B or 1, H or 1, N_q, N_kv], bool or additive), or None.
     scale: factor of q.k before the softmax (1/sqrt(D) unless the caller gave one).
     grid: where the image tokens are, or None where that is not known; grid_reason then says why.
     step, sigma, block: position in the sampling run, None outside one.
@@ -42,7 +43,7 @@ class AttentionCall:
     v: Tensor
     scale: float
     key_mask: Tensor | None = None
-    row_mask: bool = False
+    row_mask: Tensor | None = None
     grid: TokenGrid | None = None
     grid_reason: str = "the token grid is not known"
     step: int | None = None
@@ -59,7 +60,7 @@ class AttentionCall:
     def signature(self) -> tuple[Any, ...]:
         """Everything that a routing decision may depend on besides step, sigma and block."""
         return (tuple(self.q.shape), tuple(self.k.shape), self.q.dtype, self.q.device,
-                None if self.key_mask is None else tuple(self.key_mask.shape), self.row_mask, self.grid, self.grid_reason, self.model)
+                None if self.key_mask is None else tuple(self.key_mask.shape), self.row_mask is None, self.grid, self.grid_reason, self.model)
 
 
 class Unsupported(Exception):
@@ -110,15 +111,27 @@ def from_comfyui(q: Tensor, k: Tensor, v: Tensor, heads: int, *, mask: Tensor | 
         heads_kv = k.shape[1] if skip_reshape else k.shape[-1] // head_dim if k.dim() == 3 else k.shape[2]
     k4 = split_heads(k, heads_kv, skip_reshape, "k")
     v4 = split_heads(v, heads_kv, skip_reshape, "v")
-    if q4.shape[1] != heads or k4.shape[:3] != v4.shape[:3] or k4.shape[-1] != head_dim or k4.shape[0] != q4.shape[0]:
+    if q4.shape[1] != heads:
         raise Unsupported("q, k and v do not fit together")
-    if v4.shape[-1] != head_dim:
+    return from_heads_first(q4, k4, v4, mask=mask, scale=scale)
+
+
+def from_heads_first(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, scale: float | None = None,
+                     grid: TokenGrid | None = None, target_error: float = 0.05) -> AttentionCall:
+    """AttentionCall of q [B, H, N_q, D] and k, v [B, H_kv, N_kv, D]. Raises Unsupported with the reason."""
+    if any(x.dim() != 4 for x in (q, k, v)) or k.shape[:3] != v.shape[:3] or k.shape[-1] != q.shape[-1] or k.shape[0] != q.shape[0]:
+        raise Unsupported("q, k and v do not fit together")
+    if v.shape[-1] != q.shape[-1]:
         raise Unsupported("head_dim of v differs from that of q")
-    if heads % k4.shape[1]:
+    if q.shape[1] % k.shape[1]:
         raise Unsupported("the number of heads is not a multiple of the key heads")
-    keys = None if mask is None else key_mask(mask, q4.shape[0], k4.shape[2])
-    return AttentionCall(q4, k4, v4, scale=head_dim**-0.5 if scale is None else float(scale), key_mask=keys,
-                         row_mask=mask is not None and keys is None)
+    keys = None if mask is None else key_mask(mask, q.shape[0], k.shape[2])
+    rows = mask if mask is not None and keys is None else None
+    if rows is not None:
+        rows = rows[(None,) * (3 - rows.dim())] if rows.dim() < 3 else rows
+        rows = rows[:, None] if rows.dim() == 3 else rows
+    return AttentionCall(q, k, v, scale=q.shape[-1] ** -0.5 if scale is None else float(scale), key_mask=keys, row_mask=rows,
+                         grid=grid, target_error=target_error)
 
 
 def merge_heads(out: Tensor) -> Tensor:

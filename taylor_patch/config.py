@@ -42,7 +42,15 @@ class Settings:
     quality: str | float = "balanced"
     min_tokens: int | Literal["auto"] = "auto"
     start_percent: float = 0.0
+    end_percent: float = 1.0
+    quality_check: bool = True
+    quality_check_samples: int = 16
+    quality_check_log_every: int = 1
+    memory_reserve: bool = True
+    memory_reserve_factor: float = 1.1
+    memory_reserve_log: bool = True
     log: Literal["off", "run", "step", "call"] = "run"
+    log_file: str = ""
 
     def problems(self) -> dict[str, str]:
         """Key -> what is wrong with its value; empty when all is well."""
@@ -54,8 +62,14 @@ class Settings:
             found["quality"] = f"{self.quality} is outside 0 to 1 (0 excluded)"
         if self.min_tokens != "auto" and self.min_tokens < 1:
             found["min_tokens"] = f"{self.min_tokens} is below 1"
-        if not 0 <= self.start_percent <= 1:
-            found["start_percent"] = f"{self.start_percent} is outside 0 to 1"
+        for key in ("start_percent", "end_percent"):
+            if not 0 <= getattr(self, key) <= 1:
+                found[key] = f"{getattr(self, key)} is outside 0 to 1"
+        if not 0 <= self.memory_reserve_factor <= 10:
+            found["memory_reserve_factor"] = f"{self.memory_reserve_factor} is outside 0 to 10"
+        for key in ("quality_check_samples", "quality_check_log_every"):
+            if getattr(self, key) < 1:
+                found[key] = f"{getattr(self, key)} is below 1"
         return found
 
 
@@ -100,7 +114,9 @@ class Config:
 
 
 def quality_value(quality: str | float) -> float:
-    """The relative L2 error that a quality name or number stands for."""
+    """The relative L2 error that a quality name or number stands for. Raises ConfigError for one that is neither."""
+    if problem := Settings(quality=quality).problems().get("quality"):
+        raise ConfigError(f"quality: {problem}")
     return QUALITIES[quality] if isinstance(quality, str) else float(quality)
 
 
@@ -161,6 +177,8 @@ def environment_layer(environ: Mapping[str, str] = os.environ) -> Layer:
         table = data
         for part in path[:-1]:
             table = table.setdefault(part, {})
+            if not isinstance(table, dict):
+                raise ConfigError(f"environment: {name}: another variable gives {part} a value, so it cannot hold {path[-1]}. Unset one.")
         table[path[-1]] = _scalar(raw)
     return Layer("environment", data)
 
@@ -192,7 +210,8 @@ def merge(layers: Iterable[Layer], option_types: Mapping[str, type]) -> Config:
     settings = _build(Settings, layers, ("taylor_patch",))
     plugins = _build(PluginSettings, layers, ("plugins",))
     options = {name: _build(kind, layers, ("backends", name)) for name, kind in option_types.items()}
-    _check_backend_name(settings.backend, layers, ("taylor_patch", "backend"), option_types)
+    for layer in layers:
+        _check_backend_name(layer, option_types)
     return Config(settings, plugins, options, _rules(layers, option_types), layers)
 
 
@@ -212,11 +231,11 @@ def _check_tables(layer: Layer, option_types: Mapping[str, type]) -> None:
             raise ConfigError(f"{layer.place('backends', name)}: backends.{name}: must be a table")
 
 
-def _check_backend_name(name: str, layers: tuple[Layer, ...], path: tuple[str, ...], known: Mapping[str, type]) -> None:
-    valid = ["auto", *sorted(known)]
-    if name not in valid:
-        place = next((layer.place(*path) for layer in layers if _find(layer.data, path) is not None), "configuration")
-        raise ConfigError(f'{place}: {".".join(path)}: "{name}" is not one of {", ".join(valid)}.' + nearest(name, valid))
+def _check_backend_name(layer: Layer, known: Mapping[str, type]) -> None:
+    name, valid = _find(layer.data, ("taylor_patch", "backend")), ["auto", *sorted(known)]
+    if isinstance(name, str) and name not in valid:
+        place = layer.place("taylor_patch", "backend")
+        raise ConfigError(f'{place}: taylor_patch.backend: "{name}" is not one of {", ".join(valid)}.' + nearest(name, valid))
 
 
 def _find(data: Mapping[str, Any], path: tuple[str, ...]) -> Any:
@@ -327,6 +346,17 @@ def as_toml(config: Config) -> str:
     return "\n".join(lines)
 
 
+def plain(config: Config) -> dict[str, Any]:
+    """The settings that differ from the defaults, as nested dicts of plain values."""
+    def changed(table: Any) -> dict[str, Any]:
+        default = type(table)()
+        return {f.name: getattr(table, f.name) for f in dataclasses.fields(table) if getattr(table, f.name) != getattr(default, f.name)}
+
+    backends = {name: values for name, options in config.options.items() if (values := changed(options))}
+    rules = [{"when": dict(rule.conditions.source), "backend": rule.backend, "quality": rule.quality} for rule in config.rules]
+    return {"taylor_patch": changed(config.settings), "backends": backends, "rules": rules}
+
+
 def explain(config: Config, key: str) -> list[tuple[str, Any, bool]]:
     """Every layer that sets a dotted `key` as (place, value, wins), strongest first, the default last.
 
@@ -338,7 +368,7 @@ def explain(config: Config, key: str) -> list[tuple[str, Any, bool]]:
     owners: dict[tuple[str, ...], Any] = {("taylor_patch",): Settings(), ("plugins",): PluginSettings()}
     owners |= {("backends", name): type(options)() for name, options in config.options.items()}
     owner = owners.get(path[:-1])
-    if owner is None or not hasattr(owner, path[-1]):
+    if owner is None or path[-1] not in {f.name for f in dataclasses.fields(owner)}:
         known = [".".join((*table, f.name)) for table, o in owners.items() for f in dataclasses.fields(o)]
         raise ConfigError(f"{key}: unknown key." + nearest(".".join(path), known))
     rows = [(layer.place(*path), found) for layer in config.layers if (found := _find(layer.data, path)) is not None]

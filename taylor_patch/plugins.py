@@ -103,20 +103,23 @@ def _register(registry: Registry, name: str, origin: str, plugin: Any) -> None:
         others = [other for other in manager.get_plugins() if other is not plugin]
         manager.check_pending()
         groups = manager.subset_hook_caller("taylor_patch_register_backends", others)()
-        kinds = [_checked(kind, registry) for group in groups for kind in group]
+        kinds: dict[str, type[Backend]] = {}
+        for kind in (kind for group in groups for kind in group):
+            kinds[_free_name(kind, {**registry.backends, **kinds})] = kind
     except BaseException:
         manager.unregister(plugin)
         raise
-    registry.backends.update({kind.name: kind for kind in kinds})
-    registry.plugins.append(Plugin(name, origin, tuple(kind.name for kind in kinds)))
+    registry.backends.update(kinds)
+    registry.plugins.append(Plugin(name, origin, tuple(kinds)))
 
 
-def _checked(kind: Any, registry: Registry) -> type[Backend]:
+def _free_name(kind: Any, taken: Mapping[str, type[Backend]]) -> str:
+    """The name under which `kind` is registered. Raises PluginError where it is no backend or its name is not free."""
     if not (isinstance(kind, type) and issubclass(kind, Backend)):
         raise PluginError(f"registered {kind!r}, which is not a subclass of taylor_patch.Backend")
     name = getattr(kind, "name", None)
     if not isinstance(name, str) or not name.isidentifier() or name == "auto":
         raise PluginError(f"backend name {name!r} is not a lower_snake identifier")
-    if name in registry.backends:
-        raise PluginError(f'backend name "{name}" is taken by {registry.backends[name].__module__}')
-    return kind
+    if name in taken:
+        raise PluginError(f'backend name "{name}" is taken by {taken[name].__module__}')
+    return name

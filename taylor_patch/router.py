@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 from taylor_patch.backends.base import Backend
 from taylor_patch.call import AttentionCall
@@ -31,9 +34,33 @@ class Router:
         self.by_priority = sorted(self.backends.values(), key=lambda backend: -backend.priority)
         self._cache: dict[Any, Choice] = {}
         settings = config.settings
-        self.off = not settings.enabled or (settings.backend == "sdpa" and not config.rules)
-        self.least_tokens = 1 if settings.min_tokens == "auto" else settings.min_tokens
-        """Calls with fewer query tokens are exact, whatever else they are."""
+        self.has_rules = bool(config.rules)
+        self.off = "enabled = false" if not settings.enabled else \
+            'backend = "sdpa"' if settings.backend == "sdpa" and not config.rules else None
+        """Why every call is exact, or None."""
+        self._least: dict[torch.device, tuple[float, str]] = {}
+
+    def least_tokens(self, device: torch.device) -> tuple[float, str]:
+        """(n, reason): calls with fewer than n query tokens on `device` are exact for that reason, whatever else they are."""
+        found = self._least.get(device)
+        if found is None:
+            found = self._least[device] = self._find_least(device)
+        return found
+
+    def _find_least(self, device: torch.device) -> tuple[float, str]:
+        settings = self.config.settings
+        if settings.min_tokens != "auto":
+            wanted = (settings.min_tokens, f"fewer tokens than min_tokens = {settings.min_tokens}")
+        else:
+            wanted = (1, "no tokens")
+        if settings.backend != "auto" or self.config.rules:
+            return wanted
+        measured = [tokens for backend in self.by_priority if (tokens := backend.crossover_tokens(device)) is not None]
+        if not measured:
+            return math.inf, f"no backend is measured to be faster on {device.type}"
+        if settings.min_tokens == "auto":
+            return min(measured), f"fewer tokens than {min(measured)}, the measured crossover"
+        return wanted
 
     def _options(self, name: str) -> Any:
         """Options of a backend; a number in [taylor_patch] min_tokens holds for backends that set none of their own."""
@@ -64,18 +91,20 @@ class Router:
         if not settings.enabled:
             return Choice(None, ("enabled = false",))
         name = next((rule.backend for rule in self.config.rules if rule.conditions.match(call) and rule.backend), settings.backend)
-        tokens = call.q.shape[2]
-        if tokens < self.least_tokens:
-            return Choice(None, (f"fewer tokens than min_tokens = {self.least_tokens}",))
+        least, reason = self.least_tokens(call.q.device)
+        if call.q.shape[2] < least:
+            return Choice(None, (reason,))
         if name == "sdpa":
             return Choice(None, ('backend = "sdpa"',))
         if name != "auto":
             backend = self.backends[name]
             reasons = tuple(f"{name}: {reason}" for reason in backend.reasons_against(call))
             return Choice(None, reasons) if reasons else Choice(backend)
-        return self._automatic(call, tokens)
+        return self.automatic(call)
 
-    def _automatic(self, call: AttentionCall, tokens: int) -> Choice:
+    def automatic(self, call: AttentionCall) -> Choice:
+        """The backend of highest priority that is measured to be faster for `call` and can run it."""
+        tokens = call.q.shape[2]
         passed_over = []
         for backend in self.by_priority:
             if backend.name == "sdpa":

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
+import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from taylor_patch.call import AttentionCall
 from taylor_patch.grid import patch_sizes
+from taylor_patch.telemetry import Answer, StepRecord, quality_text
+
+log = logging.getLogger("taylor_patch")
 
 
 @dataclass(frozen=True)
@@ -27,19 +33,31 @@ class RunSummary:
     seconds: float
     outcome: str
     """"finished", or the name of the exception that ended the run."""
+    milliseconds: Mapping[str, float] = field(default_factory=dict)
+    """Backend name -> milliseconds in it."""
+    quality: str = ""
+    """Sampled error against exact attention, as text."""
 
     def line(self) -> str:
         """One line for the log."""
-        calls = ", ".join(f"{name} {count}" for name, count in sorted(self.calls.items())) or "none"
-        reasons = "; ".join(f"{reason}: {count}" for reason, count in sorted(self.fallbacks.items(), key=lambda kv: -kv[1]))
-        return (f"{self.model or 'model'}: {self.evaluations} model evaluations in {self.seconds:.1f} s, attention calls: {calls}"
-                + (f" (exact because: {reasons})" if reasons else "") + ("" if self.outcome == "finished" else f", {self.outcome}"))
+        spent = ", ".join(f"{name} {milliseconds / 1000:.1f} s" for name, milliseconds in sorted(self.milliseconds.items()))
+        parts = (f"attention calls: {counted(self.calls, self.fallbacks)}", spent, self.quality,
+                 "" if self.outcome == "finished" else self.outcome)
+        return f"{self.model or 'model'}: {self.evaluations} model evaluations in {self.seconds:.1f} s, " + ", ".join(filter(None, parts))
+
+
+def counted(calls: Mapping[str, int], fallbacks: Mapping[str, int]) -> str:
+    """"near_far 57, exact 3 (exact because: cross-attention: 3)": calls by backend, and why the others were exact."""
+    shown = [f"{name} {count}" for name, count in sorted(calls.items())]
+    reasons = "; ".join(f"{reason}: {count}" for reason, count in sorted(fallbacks.items(), key=lambda item: -item[1]))
+    return (", ".join(shown) or "none") + (f" (exact because: {reasons})" if reasons else "")
 
 
 @dataclass
 class Evaluation:
     """One call of the diffusion model."""
 
+    run: SamplingRun
     latent_shape: tuple[int, ...] | None
     sigma: float | None
     step: int | None
@@ -50,13 +68,16 @@ class Evaluation:
     exact: str | None = None
     """Why all of this evaluation is exact, or None."""
     calls: int = 0
+    """Attention calls so far; the hook counts every one, so that the number can stand for the block index."""
+    answers: list[Answer] = field(default_factory=list)
+    """The calls that backends answered, what was measured of them still on the device."""
+    max_head_dim: int = 0
 
     def block_index(self, options: Mapping[str, Any]) -> int:
-        """Index of the transformer block over the whole model; the number of the call where the model does not say."""
-        call, self.calls = self.calls, self.calls + 1
+        """Index of the running call's transformer block over the whole model; the number of the call where the model does not say."""
         index = options.get("block_index")
         if index is None or "block" in options:  # UNets count within a block
-            return call
+            return self.calls - 1
         return int(index) + (self.double_blocks if options.get("block_type") == "single" else 0)
 
 
@@ -72,7 +93,18 @@ class SamplingRun:
     fallbacks: Counter[str] = field(default_factory=Counter)
     broken: set[tuple[Any, ...]] = field(default_factory=set)
     """(backend, signature) pairs that failed in this run."""
-    start_sigma: float | None = None
+    known_exact: dict[Any, str] = field(default_factory=dict)
+    """Shapes and arguments of calls that the router left to exact attention -> why."""
+    sigmas: dict[float, float] = field(default_factory=dict)
+    """Part of the schedule, 0 to 1 -> sigma there."""
+    log_calls: bool = False
+    """Log a line for every attention call."""
+    name: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
+    """What tells this run's records from others'; made at random."""
+    records: list[StepRecord] = field(default_factory=list)
+    latent_shape: tuple[int, ...] | None = None
+    workspaces: dict[tuple[str, Any], int] = field(default_factory=dict)
+    """(backend, signature) -> the workspace in bytes that the backend stated."""
 
     def step_of(self, sigma: float) -> int | None:
         """Index of `sigma` in the schedule; of the step it lies in for samplers that evaluate between sigmas."""
@@ -84,13 +116,29 @@ class SamplingRun:
 
     def exact(self, reason: str) -> None:
         """Count a call that exact attention answers."""
-        self.calls["exact"] += 1
         self.fallbacks[reason] += 1
+        if self.log_calls:
+            log.info("taylor_patch: exact: %s", reason)
+
+    def handled(self, backend: str, call: AttentionCall) -> None:
+        """Count a call that a backend has answered."""
+        self.calls[backend] += 1
+        if self.log_calls:
+            log.info("taylor_patch: %s: q %s %s, step %s, block %s", backend, list(call.q.shape),
+                     str(call.q.dtype).removeprefix("torch."), call.step, call.block)
 
     def summary(self, outcome: str) -> RunSummary:
         """Frozen copy of the counts."""
-        return RunSummary(self.model, max(len(self.schedule) - 1, 0), self.evaluations, dict(self.calls), dict(self.fallbacks),
-                          time.monotonic() - self.started, outcome)
+        spent: Counter[str] = Counter()
+        for record in self.records:
+            spent.update(record.milliseconds)
+        return RunSummary(self.model, max(len(self.schedule) - 1, 0), self.evaluations, with_exact(self.calls, self.fallbacks),
+                          dict(self.fallbacks), time.monotonic() - self.started, outcome, dict(spent), quality_text(self.records))
+
+
+def with_exact(calls: Mapping[str, int], fallbacks: Mapping[str, int]) -> dict[str, int]:
+    """`calls` and, under "exact", the calls that exact attention answered."""
+    return {**({"exact": sum(fallbacks.values())} if fallbacks else {}), **calls}
 
 
 class _Position(threading.local):
@@ -125,16 +173,25 @@ def current_run() -> SamplingRun | None:
     return runs[-1] if runs else None
 
 
-@contextmanager
-def evaluation(run: SamplingRun, model: Any, latent_shape: Sequence[int] | None, sigma: float | None,
-               has_reference: bool = False) -> Iterator[Evaluation]:
-    """Enter one call of the diffusion model. model: ComfyUI's BaseModel or anything with a `diffusion_model`."""
+def family_of(model: Any) -> str:
+    """Class name of ComfyUI's BaseModel subclass; that of its configuration (SD15) for families without a class of their own."""
+    name = type(model).__name__
+    return type(model.model_config).__name__ if name == "BaseModel" and hasattr(model, "model_config") else name
+
+
+def describe(run: SamplingRun, model: Any, latent_shape: Sequence[int] | None, sigma: float | None, has_reference: bool = False) -> Evaluation:
+    """The Evaluation of one call of the diffusion model. model: ComfyUI's BaseModel or anything with a `diffusion_model`."""
     diffusion_model = getattr(model, "diffusion_model", None)
-    family = type(model).__name__
-    run.model = family
-    run.evaluations += 1
-    current = Evaluation(None if latent_shape is None else tuple(latent_shape), sigma, None if sigma is None else run.step_of(sigma),
-                         family, patch_sizes(diffusion_model), has_reference, len(getattr(diffusion_model, "double_blocks", ())))
+    return Evaluation(run, None if latent_shape is None else tuple(latent_shape), sigma, None if sigma is None else run.step_of(sigma),
+                      family_of(model), patch_sizes(diffusion_model), has_reference, len(getattr(diffusion_model, "double_blocks", ())))
+
+
+@contextmanager
+def evaluation(current: Evaluation) -> Iterator[Evaluation]:
+    """Enter one call of the diffusion model."""
+    current.run.model = current.family
+    current.run.latent_shape = current.latent_shape
+    current.run.evaluations += 1
     _position.evaluations.append(current)
     try:
         yield current
@@ -144,4 +201,5 @@ def evaluation(run: SamplingRun, model: Any, latent_shape: Sequence[int] | None,
 
 def current_evaluation() -> Evaluation | None:
     """The model call that this thread is in."""
-    return _position.evaluations[-1] if _position.evaluations else None
+    entered = _position.evaluations
+    return entered[-1] if entered else None

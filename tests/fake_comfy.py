@@ -1,90 +1,164 @@
-"""A small stand-in for ComfyUI's modules, written from its contract: what is patched, and how it is called."""
+"""A small stand-in for the parts of ComfyUI that taylor_patch touches."""
+
+from __future__ import annotations
 
 import functools
 import sys
-import types
+from types import ModuleType
 
+import torch
 import torch.nn.functional as F
-
-NAMES = ("comfy", "comfy.ldm", "comfy.ldm.modules", "comfy.ldm.modules.attention", "comfy.samplers", "comfy.model_base", "comfy.consumer")
 
 
 class AttentionTensorContainer:
-    def __init__(self, tensor):
-        self.tensor = tensor
+    """Holds one tensor that may be taken once."""
+
+    def __init__(self, value):
+        self.value = value
 
     def peek(self):
-        if self.tensor is None:
-            raise RuntimeError("attention tensor container has already been consumed")
-        return self.tensor
+        assert self.value is not None, "peek at an empty container"
+        return self.value
 
     def take(self):
-        tensor, self.tensor = self.peek(), None
-        return tensor
+        assert self.value is not None, "taken twice"
+        value, self.value = self.value, None
+        return value
 
 
-def wrap_attn(function):
-    @functools.wraps(function)
+def _take(x):
+    return x.take() if isinstance(x, AttentionTensorContainer) else x
+
+
+def wrap_attn(func):
+    @functools.wraps(func)
     def wrapper(*args, **kwargs):
-        outermost = "_inside_attn_wrapper" not in kwargs
-        kwargs["_inside_attn_wrapper"] = True
-        options = kwargs.get("transformer_options") or {}
-        if isinstance(args[0], AttentionTensorContainer):
-            args = tuple(x.take() for x in args[:3]) + args[3:]
-        if outermost and "optimized_attention_override" in options:
-            return options["optimized_attention_override"](function, *args, **kwargs)
-        return function(*args, **kwargs)
+        args = tuple(_take(x) for x in args)
+        kwargs = {name: _take(x) for name, x in kwargs.items()}
+        if "_inside_attn_wrapper" not in kwargs:
+            kwargs["_inside_attn_wrapper"] = True
+            options = kwargs.get("transformer_options")
+            if options is not None and "optimized_attention_override" in options:
+                return options["optimized_attention_override"](func, *args, **kwargs)
+        return func(*args, **kwargs)
 
-    wrapper.container_function = None
+    wrapper.container_function = func
     return wrapper
 
 
 @wrap_attn
-def attention_pytorch(query, key, value, heads, mask=None, attn_precision=None, skip_reshape=False, skip_output_reshape=False, **kwargs):
-    if not skip_reshape:
-        query, key, value = (x if x.dim() == 4 else x.unflatten(-1, (heads, -1)) for x in (query, key, value))
-        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-    if mask is not None and mask.dim() == 3:
-        mask = mask.unsqueeze(1)
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=kwargs.get("scale"),
-                                         enable_gqa=kwargs.get("enable_gqa", False))
+def attention_pytorch(q, k, v, heads, mask=None, attn_precision=None, skip_reshape=False,
+                      skip_output_reshape=False, **kwargs):
+    def split(x, count):
+        if skip_reshape:
+            return x
+        return (x if x.dim() == 4 else x.unflatten(-1, (count, -1))).transpose(1, 2)
+
+    gqa = kwargs.get("enable_gqa", False)
+    q = split(q, heads)
+    if gqa and not skip_reshape and k.dim() == 3:
+        k, v = (split(x, x.shape[-1] // q.shape[-1]) for x in (k, v))
+    else:
+        k, v = split(k, heads), split(v, heads)
+    if mask is not None:
+        mask = mask[None, None] if mask.dim() == 2 else mask[:, None] if mask.dim() == 3 else mask
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=kwargs.get("scale"), enable_gqa=gqa)
     return out if skip_output_reshape else out.transpose(1, 2).flatten(2)
 
 
-class CFGGuider:
-    def __init__(self, work):
-        self.work = work
-
-    def outer_sample(self, noise, latent_image, sampler, sigmas, denoise_mask=None, callback=None, disable_pbar=False, seed=None):
-        return self.work(sigmas)
+NAMES = ("comfy", "comfy.ldm", "comfy.ldm.modules", "comfy.ldm.modules.attention", "comfy.samplers",
+         "comfy.model_base", "comfy.sampler_helpers", "fake_consumer")
 
 
-def build():
-    """Put the modules into sys.modules; returns (attention module, samplers, model_base, consumer)."""
-    modules = {name: types.ModuleType(name) for name in NAMES}
-    for module in modules.values():
-        module.__spec__ = types.SimpleNamespace(_initializing=False, loader=None, parent="", name=module.__name__)
+def build() -> dict[str, ModuleType]:
+    """Fresh modules by name, not yet in sys.modules."""
+    modules = {name: ModuleType(name) for name in NAMES}
+    for name, module in modules.items():
+        parent, _, child = name.rpartition(".")
+        if parent:
+            setattr(modules[parent], child, module)
+
     attention = modules["comfy.ldm.modules.attention"]
     attention.AttentionTensorContainer = AttentionTensorContainer
-    attention.attention_pytorch = attention_pytorch
+    attention.wrap_attn = wrap_attn
     attention.optimized_attention = attention.optimized_attention_masked = attention_pytorch
-    modules["comfy.consumer"].optimized_attention = attention_pytorch
-    # Classes are made anew, so that one test's wrappers do not stay for the next.
-    modules["comfy.samplers"].CFGGuider = type("CFGGuider", (CFGGuider,), {"outer_sample": CFGGuider.outer_sample})
+
+    class CFGGuider:
+        def __init__(self, model):
+            self.model = model
+
+        def outer_sample(self, noise, latent_image, sampler, sigmas, denoise_mask=None, callback=None,
+                         disable_pbar=False, seed=None):
+            x = noise
+            for step, sigma in enumerate(sigmas[:-1]):
+                options = {"sigmas": sigma.reshape(1)}
+                x = sampler(self.model, x, sigma.reshape(1), options)
+                if callback is not None:
+                    callback(step)
+            return x
+
+    modules["comfy.samplers"].CFGGuider = CFGGuider
 
     class BaseModel:
-        def __init__(self, work, diffusion_model=None):
-            self.work, self.diffusion_model = work, diffusion_model
+        def __init__(self, diffusion_model):
+            self.diffusion_model = diffusion_model
 
-        def apply_model(self, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **kwargs):
-            return self.work(x, t, transformer_options or {})
+        def apply_model(self, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={},  # noqa: B006
+                        **kwargs):
+            return self.diffusion_model(x, t, transformer_options)
 
-    modules["comfy.model_base"].BaseModel = BaseModel
-    modules["comfy.model_base"].Flux = type("Flux", (BaseModel,), {})
-    sys.modules.update(modules)
-    return attention, modules["comfy.samplers"], modules["comfy.model_base"], modules["comfy.consumer"]
+    class Flux(BaseModel):
+        pass
+
+    modules["comfy.model_base"].BaseModel, modules["comfy.model_base"].Flux = BaseModel, Flux
+    modules["comfy.sampler_helpers"].estimate_memory = lambda model, noise_shape, conds: (1000.0, 500.0)
+    consumer = modules["fake_consumer"]
+    consumer.optimized_attention = attention.optimized_attention
+    return modules
 
 
-def remove():
-    for name in NAMES:
-        sys.modules.pop(name, None)
+class Diffusion:
+    """A diffusion model whose forward pass is `body(options)`; patch size 2, as Flux."""
+
+    patch_size = 2
+
+    def __init__(self, body):
+        self.body = body
+        self.double_blocks = [None] * 2
+
+    def __call__(self, x, t, options):
+        return self.body(options)
+
+
+class Host:
+    """The installed stand-in, with shortcuts for tests."""
+
+    def __init__(self):
+        self.modules = build()
+        self.attention = self.modules["comfy.ldm.modules.attention"]
+        self.samplers = self.modules["comfy.samplers"]
+        self.model_base = self.modules["comfy.model_base"]
+        self.consumer = self.modules["fake_consumer"]
+        self.original = self.attention.optimized_attention
+        self.outer_sample = self.samplers.CFGGuider.__dict__["outer_sample"]
+        self.apply_model = self.model_base.BaseModel.__dict__["apply_model"]
+        self._saved = {name: sys.modules.get(name) for name in NAMES}
+        sys.modules.update(self.modules)
+
+    def remove(self):
+        for name, module in self._saved.items():
+            sys.modules.pop(name, None)
+            if module is not None:
+                sys.modules[name] = module
+
+    def sample(self, body, latent=(1, 4, 32, 32), sigmas=(1.0, 0.0), **kwargs):
+        """Run `body(options)` once a step inside a sampling run; the results of all steps."""
+        results = []
+
+        def sampler(model, x, sigma, options):
+            results.append(model.apply_model(x, sigma, transformer_options=options))
+            return x
+
+        guider = self.samplers.CFGGuider(self.model_base.Flux(Diffusion(body)))
+        guider.outer_sample(torch.zeros(latent), None, sampler, torch.tensor(sigmas), **kwargs)
+        return results

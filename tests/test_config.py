@@ -1,59 +1,250 @@
-"""Layers, positions of mistakes, and the last good configuration."""
+"""Layers of configuration, their messages, and rules."""
 
-import logging
+from __future__ import annotations
+
+import os
+import re
 
 import pytest
+import torch
 
-from taylor_patch import config, plugins
-from taylor_patch.engine import Engine
+from taylor_patch import config as configuration
+from taylor_patch import engine as engines
+from taylor_patch import plugins
+from taylor_patch.call import AttentionCall
 from taylor_patch.errors import ConfigError
+from taylor_patch.rules import parse_conditions
 
 TYPES = plugins.load(found=()).option_types
 
 
-def test_environment_wins_over_the_file(tmp_path):
-    (tmp_path / "taylor_patch.toml").write_text('[taylor_patch]\nbackend = "sdpa"\nmin_tokens = 5\n')
-    loaded = config.load(TYPES, environ={"TAYLOR_PATCH": "near_far", "TAYLOR_PATCH_BACKENDS__NEAR_FAR__DENSITY": "0.2"})
-    assert (loaded.settings.backend, loaded.settings.min_tokens, loaded.options["near_far"].density) == ("near_far", 5, 0.2)
-    rows = config.explain(loaded, "backend")
-    assert [(value, wins) for _, value, wins in rows] == [("near_far", True), ("sdpa", False), ("auto", False)]
+def load(environ=None, **kwargs):
+    return configuration.load(TYPES, environ={} if environ is None else environ, **kwargs)
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ('[taylor_patch]\nbackend = "near_fat"\n', r'taylor_patch.toml:2:1: .*Did you mean "near_far"'),
-    ("[taylor_patch]\nlog = 3\n", r"taylor_patch.toml:2:1: .*log: 3 is not"),
-    ("[backends.near_far]\n\n  densty = 0.1\n", r'taylor_patch.toml:3:3: .*Did you mean "density"'),
-    ("[taylor_patch]\nquality = 4\n", r"taylor_patch.toml:2:1: .*outside"),
-    ('[[rules]]\nbackend = "sdpa"\n[[rules]]\nwhen = { tokns = ">3" }\n', r'taylor_patch.toml:4:1: .*Did you mean "tokens"'),
-    ("[taylor_patch\n", r"taylor_patch.toml:1:\d+: not valid TOML"),
-], ids=["backend", "type", "option", "range", "rule", "syntax"])
-def test_mistakes_are_placed(tmp_path, text, message):
-    (tmp_path / "taylor_patch.toml").write_text(text)
-    with pytest.raises(ConfigError, match=message):
-        config.load(TYPES, environ={})
+def test_defaults():
+    found = load()
+    assert found.settings == configuration.Settings() and found.rules == () and found.target_error == 0.05
 
 
-def test_round_trip(tmp_path):
-    path = tmp_path / "other.toml"
-    path.write_text(config.as_toml(config.merge([], TYPES)))
-    assert config.merge([config.file_layer(path)], TYPES) == config.merge([], TYPES)
+def test_order_of_layers(tmp_path, monkeypatch):
+    work, comfyui, user, named = (tmp_path / name for name in ("work", "comfyui", "user", "named"))
+    for number, folder in enumerate((work, comfyui, user, named), 1):
+        folder.mkdir()
+        (folder / "taylor_patch.toml").write_text(f"[taylor_patch]\nmin_tokens = {number}\n")
+    monkeypatch.chdir(work)
+    monkeypatch.setattr("platformdirs.user_config_dir", lambda *a, **k: str(user))
+
+    def tokens(environ=None, overrides=None):
+        return load(environ, overrides=overrides, comfyui_user=comfyui).settings.min_tokens
+
+    assert tokens() == 1
+    assert tokens({"TAYLOR_PATCH_CONFIG": str(named / "taylor_patch.toml")}) == 4
+    assert tokens({"TAYLOR_PATCH_MIN_TOKENS": "5"}) == 5
+    assert tokens({"TAYLOR_PATCH_MIN_TOKENS": "5"}, {"taylor_patch": {"min_tokens": 6}}) == 6
+    (work / "taylor_patch.toml").unlink()
+    assert tokens() == 2
+    (comfyui / "taylor_patch.toml").unlink()
+    assert tokens() == 3
+    (user / "taylor_patch.toml").unlink()
+    assert tokens() == "auto"
 
 
-def test_invalid_file_keeps_the_last_good_one(tmp_path, caplog):
-    path = tmp_path / "taylor_patch.toml"
-    path.write_text('[taylor_patch]\nbackend = "sdpa"\n')
-    engine = Engine(environ={})
-    path.write_text('[taylor_patch]\nbackend = "nonsense"\n')
-    with caplog.at_level(logging.WARNING):
-        engine.reload()
-    assert engine.config.settings.backend == "sdpa"
-    assert "last good configuration" in caplog.text
-    path.write_text('[taylor_patch]\nbackend = "near_far"\n')
+def test_layers_join_by_key(configure):
+    configure('[taylor_patch]\nbackend = "near_far"\nquality = "fast"\n')
+    found = load({"TAYLOR_PATCH_QUALITY": "lossless"})
+    assert found.settings.backend == "near_far" and found.target_error == 0.02
+
+
+MISTAKES = {
+    "unknown-key": ('[taylor_patch]\n  bakend = "auto"\n', ":2:3: taylor_patch.bakend: unknown key", 'mean "backend"'),
+    "backend": ('[taylor_patch]\nbackend = "near_fra"\n', ":2:1: taylor_patch.backend:", 'mean "near_far"'),
+    "table": ("[taylor_pach]\n", ":1:2: taylor_pach: unknown table", 'mean "taylor_patch"'),
+    "quality": ('\n[taylor_patch]\nquality = "balancd"\n', ":3:1: taylor_patch.quality:", 'mean "balanced"'),
+    "quality-range": ("[taylor_patch]\nquality = 2.0\n", ":2:1: taylor_patch.quality: 2.0 is outside", ""),
+    "type": ('[taylor_patch]\nenabled = "yes"\n', ':2:1: taylor_patch.enabled: "yes" is not bool', ""),
+    "bool-is-no-int": ("[taylor_patch]\nmin_tokens = true\n", ":2:1: taylor_patch.min_tokens: True is not", "int"),
+    "literal": ('[taylor_patch]\nlog = "rum"\n', ":2:1: taylor_patch.log:", 'mean "run"'),
+    "backends": ("[taylor_patch]\n[backends.nearfar]\n", ":2:2: backends.nearfar: unknown backend", 'mean "near_far"'),
+    "option": ("[backends.near_far]\ndensty = 1\n", ":2:1: backends.near_far.densty: unknown key", 'mean "density"'),
+    "option-range": ("[backends.near_far]\ndensity = 1.5\n", ":2:1: backends.near_far.density: 1.5", ""),
+    "rule-key": ("[[rules]]\nwhen = {}\n[[rules]]\nbackand = 1\n", ":4:1: rules[1].backand: unknown key", 'mean "backend"'),
+    "rule-when": ('[[rules]]\nwhen = { tokns = ">=1" }\n', ':2:1: rules[0].when: unknown condition "tokns"', 'mean "tokens"'),
+    "rule-backend": ('[[rules]]\nbackend = "sdpaa"\n', ":2:1: rules[0].backend:", 'mean "sdpa"'),
+    "rule-quality": ("[[rules]]\nquality = 5\n", ":2:1: rules[0].quality: 5.0 is outside", ""),
+    "toml": ("[taylor_patch]\nbackend = near\n", ":2:", "not valid TOML"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_messages_name_the_place_and_the_nearest_name(configure, mistake):
+    text, place, hint = MISTAKES[mistake]
+    path = configure(text)
+    with pytest.raises(ConfigError) as error:
+        load()
+    assert str(error.value).startswith(str(path) + place) and hint in str(error.value), str(error.value)
+
+
+def test_named_file_must_exist(tmp_path):
+    with pytest.raises(ConfigError, match=r"TAYLOR_PATCH_CONFIG: .*missing is not a file"):
+        load({"TAYLOR_PATCH_CONFIG": str(tmp_path / "missing")})
+
+
+@pytest.mark.parametrize(("variables", "check"), [
+    ({"TAYLOR_PATCH": "near_far"}, lambda c: c.settings.backend == "near_far"),
+    ({"TAYLOR_PATCH": "1"}, lambda c: c.settings.backend == "auto"),
+    ({"TAYLOR_PATCH": "sdpa", "TAYLOR_PATCH_BACKEND": "near_far"}, lambda c: c.settings.backend == "near_far"),
+    ({"TAYLOR_PATCH_ENABLED": "false"}, lambda c: c.settings.enabled is False),
+    ({"TAYLOR_PATCH_QUALITY": "0.07"}, lambda c: c.target_error == 0.07),
+    ({"TAYLOR_PATCH_BACKENDS__NEAR_FAR__DENSITY": "0.5"}, lambda c: c.options["near_far"].density == 0.5),
+    ({"TAYLOR_PATCH_BACKENDS__TAYLOR_TORCH__P": "3"}, lambda c: c.options["taylor_torch"].P == 3),
+    ({"TAYLOR_PATCH_BACKENDS__TAYLOR_TORCH__MAX_FEATURE_DIM_R": "9"},
+     lambda c: c.options["taylor_torch"].max_feature_dim_R == 9),
+    ({"TAYLOR_PATCH_PLUGINS": "a", "TAYLOR_PATCH_STRICT": "1"}, lambda c: c.plugins.allow == ("*",)),
+], ids=lambda x: "+".join(x) if isinstance(x, dict) else "")
+def test_environment(variables, check):
+    assert check(load(variables))
+
+
+@pytest.mark.parametrize("variables", [
+    {"TAYLOR_PATCH_BAKEND": "auto"},
+    {"TAYLOR_PATCH_BACKENDS__NEAR_FAR": "x"},
+    {"TAYLOR_PATCH_BACKENDS__NEAR_FAR": "x", "TAYLOR_PATCH_BACKENDS__NEAR_FAR__DENSITY": "0.5"},
+], ids=["unknown", "not-a-table", "value-and-table"])
+def test_wrong_variables_are_configuration_errors(variables):
+    with pytest.raises(ConfigError, match="environment"):
+        load(variables)
+
+
+def touch(path, text):
+    path.write_text(text)
+    later = path.stat().st_mtime_ns + 10**9
+    os.utime(path, ns=(later, later))
+
+
+def test_invalid_file_at_run_time_keeps_the_last_good(configure, caplog):
+    path = configure('[taylor_patch]\nbackend = "near_far"\n')
+    engine = engines.engine()
+    touch(path, '[taylor_patch]\nbackend = "nope"\n')
+    with engine.run([1.0, 0.0]):
+        pass
+    assert engine.config.settings.backend == "near_far" and "nope" in engine.problem
+    assert [r.getMessage() for r in caplog.records if "last good" in r.getMessage()]
+    touch(path, '[taylor_patch]\nbackend = "taylor_torch"\n')
+    os.utime(path, ns=(2 * 10**18, 2 * 10**18))
     engine.reload()
-    assert engine.config.settings.backend == "near_far" and engine.problem is None
+    assert engine.config.settings.backend == "taylor_torch" and engine.problem is None
 
 
-def test_invalid_file_at_start_means_exact(tmp_path):
-    (tmp_path / "taylor_patch.toml").write_text("[taylor_patch]\nbackend = 1\n")
-    engine = Engine(environ={})
-    assert engine.router.off and "taylor_patch.toml:2:1" in engine.problem
+def test_invalid_file_at_start_is_exact(configure, caplog):
+    configure("[taylor_patch]\nbackend = 3\n")
+    engine = engines.engine()
+    assert engine.router.off and ":2:1:" in engine.problem and "stays exact" in caplog.text
+
+
+def call(tokens=128, kv=None, dim=16, **fields):
+    return AttentionCall(torch.zeros(1, 1, tokens, dim), torch.zeros(1, 1, kv or tokens, dim),
+                         torch.zeros(1, 1, kv or tokens, dim), scale=1.0, **fields)
+
+
+@pytest.mark.parametrize(("when", "fields", "expected"), [
+    ({}, {}, True),
+    ({"model": "flux*"}, {"model": "Flux2"}, True),
+    ({"model": "flux*"}, {"model": "Wan"}, False),
+    ({"model": "*"}, {}, False),
+    ({"tokens": ">=128"}, {}, True),
+    ({"tokens": ">128"}, {}, False),
+    ({"tokens": 128}, {}, True),
+    ({"tokens": "< 128"}, {}, False),
+    ({"sigma": "<=0.5"}, {"sigma": 0.5}, True),
+    ({"sigma": "<=0.5"}, {"sigma": 0.6}, False),
+    ({"sigma": "<=0.5"}, {}, False),
+    ({"layers": "4-8"}, {"block": 8}, True),
+    ({"layers": "4-8"}, {"block": 9}, False),
+    ({"layers": "4-"}, {"block": 4}, True),
+    ({"layers": "-4"}, {"block": 5}, False),
+    ({"layers": "4"}, {"block": 4}, True),
+    ({"layers": "4"}, {"block": 5}, False),
+    ({"layers": "0-"}, {}, False),
+    ({"kind": "self"}, {}, True),
+    ({"kind": "self"}, {"kv": 7}, False),
+    ({"kind": "cross"}, {"kv": 7}, True),
+    ({"kind": "cross"}, {}, False),
+    ({"head_dim": "==16"}, {}, True),
+    ({"head_dim": "==16", "kind": "cross"}, {}, False),
+], ids=str)
+def test_conditions(when, fields, expected):
+    assert parse_conditions(when).match(call(**fields)) is expected
+
+
+@pytest.mark.parametrize("when", [{"layers": "-"}, {"layers": "a"}, {"kind": "both"}, {"tokens": "~5"}, {"tokens": "1.2.3"}],
+                         ids=str)
+def test_bad_conditions(when):
+    with pytest.raises(ValueError):
+        parse_conditions(when)
+
+
+RULES = """
+[taylor_patch]
+backend = "near_far"
+quality = 0.08
+[plugins]
+allow = ["a*", "say \\"b\\""]
+[backends.near_far]
+density = 0.25
+[[rules]]
+when = { kind = "cross" }
+backend = "sdpa"
+[[rules]]
+when = { tokens = ">=64", head_dim = 16 }
+quality = "lossless"
+[[rules]]
+when = { kind = "self" }
+backend = "taylor_torch"
+"""
+
+
+def test_first_rule_that_matches_wins(configure):
+    configure(RULES)
+    router = engines.engine().router
+    assert router.choose(call(kv=7)).reasons == ('backend = "sdpa"',)
+    assert router.choose(call()).backend.name == "taylor_torch"
+    assert router.target_error(call()) == 0.02 and router.target_error(call(dim=32)) == 0.08
+
+
+def test_as_toml_round_trip(configure):
+    configure(RULES)
+    first = load()
+    configure(configuration.as_toml(first))
+    second = load()
+    assert (second.settings, second.plugins, second.options) == (first.settings, first.plugins, first.options)
+    assert [(r.conditions, r.backend, r.quality) for r in second.rules] == \
+        [(r.conditions, r.backend, r.quality) for r in first.rules]
+    assert len(second.rules) == 3 and first.plugins.allow == ("a*", 'say "b"')
+
+
+def test_explain(configure):
+    path = configure("[taylor_patch]\nmin_tokens = 7\n")
+    found = load({"TAYLOR_PATCH_MIN_TOKENS": "9"})
+    rows = configuration.explain(found, "min_tokens")
+    assert rows == [("environment", 9, True), (f"{path}:2:1", 7, False), ("default", "auto", False)]
+    assert configuration.explain(found, "taylor_patch.quality") == [("default", "balanced", True)]
+    assert configuration.explain(found, "backends.near_far.tail") == [("default", "cumulant", True)]
+
+
+@pytest.mark.parametrize("key", ["min_token", "backends.near_far.nothing", "nowhere.at", "problems",
+                                 "backends.near_far.exact_share"])
+def test_explain_unknown_key(key):
+    with pytest.raises(ConfigError, match=re.escape(key)):
+        configuration.explain(load(), key)
+
+
+def test_schema_covers_every_key():
+    schema = configuration.schema(TYPES)
+    properties = schema["properties"]
+    assert set(properties) == {"taylor_patch", "plugins", "backends", "rules"}
+    assert properties["taylor_patch"]["properties"]["log"] == {"enum": ["off", "run", "step", "call"], "default": "run"}
+    assert properties["taylor_patch"]["properties"]["min_tokens"]["anyOf"] == [{"type": "integer"}, {"enum": ["auto"]}]
+    assert set(properties["backends"]["properties"]) == set(TYPES)
+    assert properties["backends"]["properties"]["near_far"]["additionalProperties"] is False
+    assert properties["plugins"]["properties"]["allow"]["default"] == ["*"]

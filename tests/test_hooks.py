@@ -1,234 +1,452 @@
-"""The attention contract of ComfyUI, against the stand-in of tests/fake_comfy.py."""
+"""The contract of the patched attention function and of the two cold hooks."""
+
+from __future__ import annotations
 
 import copy
-import logging
 import types
 
 import pytest
 import torch
+from fake_comfy import AttentionTensorContainer
 
 import taylor_patch
-from taylor_patch import engine, hookimpl
-from taylor_patch.backends.base import Backend
-from taylor_patch.run import current_run
-from tests import fake_comfy
+from taylor_patch import engine as engines
+from taylor_patch.run import current_evaluation, current_run
 
-SIZE = 16
-TEXT = 7
-TOKENS = TEXT + SIZE * SIZE
+HEADS, DIM, TOKENS, TEXT = 2, 16, 256, 8
+DENSE = '[taylor_patch]\nbackend = "near_far"\n[backends.near_far]\ndensity = 1.0\n'
+SPARSE = '[taylor_patch]\nbackend = "near_far"\n[backends.near_far]\ndensity = 0.1\n'
 
 
-class Doubled(Backend):
-    """Returns twice the exact result: easy to tell from it."""
-
-    name = "doubled"
-
-    def run(self, call):
-        bias = None if call.key_mask is None else call.key_mask[:, None, None].to(call.q.dtype)
-        gqa = call.q.shape[1] != call.k.shape[1]
-        return 2 * torch.nn.functional.scaled_dot_product_attention(call.q, call.k, call.v, attn_mask=bias, scale=call.scale, enable_gqa=gqa)
+def qkv(tokens=TOKENS + TEXT, heads=HEADS, kv_heads=None, kv_tokens=None):
+    shapes = [(tokens, heads), *[(kv_tokens or tokens, kv_heads or heads)] * 2]
+    return [torch.randn(1, n, h * DIM) for n, h in shapes]
 
 
-class Raises(Doubled):
-    name = "raises"
-
-    def run(self, call):
-        raise RuntimeError("broken on purpose")
+def heads_first(x):
+    return x.unflatten(-1, (-1, DIM)).transpose(1, 2)
 
 
-class Nan(Doubled):
-    name = "nan"
-
-    def run(self, call):
-        return torch.full_like(call.q, torch.nan)
+def last():
+    return engines.current().last_run
 
 
-class WrongShape(Doubled):
-    name = "wrong_shape"
-
-    def run(self, call):
-        return call.q[:, :, 1:]
+def handled():
+    return last().calls.get("near_far", 0)
 
 
-class OutOfMemory(Doubled):
-    name = "oom"
-
-    def run(self, call):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+def broken_backend(monkeypatch, run):
+    monkeypatch.setattr(engines.engine().router.backends["near_far"], "run", run, raising=False)
 
 
-class Plugin:
-    @staticmethod
-    @hookimpl
-    def taylor_patch_register_backends():
-        return (Doubled, Raises, Nan, WrongShape, OutOfMemory)
+def test_both_names_are_one_plain_function(comfy):
+    new = comfy.attention.optimized_attention
+    assert type(new) is types.FunctionType and new is not comfy.original
+    assert comfy.attention.optimized_attention_masked is new
+    assert new.__wrapped__ is comfy.original and new.__name__ == comfy.original.__name__
+    assert new.container_function is comfy.original.container_function
 
 
-@pytest.fixture
-def comfy(monkeypatch):
-    monkeypatch.setattr("taylor_patch.plugins.BuiltinBackends", Plugin)
-    taylor_patch.uninstall()
-    modules = fake_comfy.build()
-    use("doubled")
-    taylor_patch.install()
-    yield types.SimpleNamespace(attention=modules[0], samplers=modules[1], model_base=modules[2], consumer=modules[3])
-    taylor_patch.uninstall()
-    fake_comfy.remove()
-
-
-def use(backend, **settings):
-    engine.use(engine.Engine({"taylor_patch": {"backend": backend, **settings}}, environ={}))
-
-
-def qkv(batch=1, heads=2, tokens=TOKENS, dim=16):
-    gen = torch.Generator().manual_seed(0)
-    return [torch.randn(batch, heads, tokens, dim, generator=gen) for _ in range(3)]
-
-
-def sample(comfy, call, options=None):
-    """call(transformer_options) within a run and an evaluation -> (result, run summary)."""
-    def evaluate(sigmas):
-        def work(x, t, transformer_options):
-            return call(transformer_options)
-
-        model = comfy.model_base.Flux(work, types.SimpleNamespace(patch_size=2, double_blocks=[1]))
-        x = torch.zeros(1, 4, 2 * SIZE, 2 * SIZE)
-        return model.apply_model(x, sigmas[:1], transformer_options={"sigmas": sigmas[:1], **(options or {})})
-
-    result = comfy.samplers.CFGGuider(evaluate).outer_sample(None, None, None, torch.tensor([1.0, 0.5, 0.0]))
-    return result, engine.engine().last_run
-
-
-def test_names_become_one_plain_function(comfy):
-    function = comfy.attention.optimized_attention
-    assert type(function) is types.FunctionType
-    assert comfy.attention.optimized_attention_masked is function and comfy.consumer.optimized_attention is function
-    assert function.__wrapped__ is fake_comfy.attention_pytorch and function.__name__ == "attention_pytorch"
-    assert comfy.attention.attention_pytorch is fake_comfy.attention_pytorch
-    assert copy.deepcopy({"f": function})["f"] is function
+def test_consumer_is_rebound(comfy):
+    assert comfy.consumer.optimized_attention is comfy.attention.optimized_attention
 
 
 def test_uninstall_restores_identity(comfy):
-    taylor_patch.install()
+    assert comfy.samplers.CFGGuider.__dict__["outer_sample"] is not comfy.outer_sample
     taylor_patch.uninstall()
-    assert comfy.attention.optimized_attention is comfy.consumer.optimized_attention is fake_comfy.attention_pytorch
-    assert comfy.attention.optimized_attention_masked is fake_comfy.attention_pytorch
-    assert not hasattr(comfy.samplers.CFGGuider.outer_sample, "__wrapped__")
-    assert not hasattr(comfy.model_base.BaseModel.apply_model, "__wrapped__")
+    assert comfy.attention.optimized_attention is comfy.original
+    assert comfy.attention.optimized_attention_masked is comfy.original
+    assert comfy.consumer.optimized_attention is comfy.original
+    assert comfy.samplers.CFGGuider.__dict__["outer_sample"] is comfy.outer_sample
+    assert comfy.model_base.BaseModel.__dict__["apply_model"] is comfy.apply_model
 
 
-def test_outside_sampling_is_the_original(comfy):
+def test_install_twice_wraps_once(comfy):
+    first = comfy.attention.optimized_attention
+    taylor_patch.install()
+    assert comfy.attention.optimized_attention is first and first.__wrapped__ is comfy.original
+    assert comfy.samplers.CFGGuider.__dict__["outer_sample"].__wrapped__ is comfy.outer_sample
+
+
+def test_install_again_after_uninstall(comfy):
+    taylor_patch.uninstall()
+    taylor_patch.install()
+    assert comfy.consumer.optimized_attention.__wrapped__ is comfy.original
+    status = taylor_patch.status()
+    assert set(status["hooks"].values()) == {"ok"} and len(status["hooks"]) == 4
+    assert set(status["patched"]) == {"optimized_attention", "optimized_attention_masked"}
+
+
+def test_missing_attention_is_reported_not_raised(capsys):
+    import fake_comfy
+
+    host = fake_comfy.Host()
+    del host.attention.optimized_attention
+    try:
+        taylor_patch.install()
+        assert "AttributeError" in taylor_patch.status()["hooks"]["comfy.ldm.modules.attention"]
+        assert "is not patched" in capsys.readouterr().err
+    finally:
+        taylor_patch.uninstall()
+        host.remove()
+
+
+@pytest.mark.parametrize("options", [None, {}, {"sigmas": torch.ones(1)}], ids=["none", "no-sigmas", "no-run"])
+def test_outside_sampling_is_bit_identical(comfy, configure, options):
+    configure(SPARSE)
     q, k, v = qkv()
-    for keywords in ({}, {"transformer_options": {}}, {"transformer_options": {"sigmas": 1}}, {"_inside_attn_wrapper": True}):
-        out = comfy.attention.optimized_attention(q, k, v, 2, skip_reshape=True, **keywords)
-        assert torch.equal(out, fake_comfy.attention_pytorch(q, k, v, 2, skip_reshape=True))
+    kwargs = {} if options is None else {"transformer_options": options}
+    assert torch.equal(comfy.attention.optimized_attention(q, k, v, HEADS, **kwargs), comfy.original(q, k, v, HEADS))
+
+
+def test_under_min_tokens_is_bit_identical(comfy, configure):
+    configure('[taylor_patch]\nbackend = "near_far"\nmin_tokens = 1000\n')
+    q, k, v = qkv()
+    (out,) = comfy.sample(lambda o: comfy.attention.optimized_attention(q, k, v, HEADS, transformer_options=o))
+    assert torch.equal(out, comfy.original(q, k, v, HEADS))
+    assert last().fallbacks == {"fewer tokens than min_tokens = 1000": 1}
+
+
+def test_sparse_differs_and_is_counted(comfy, configure):
+    configure(SPARSE)
+    q, k, v = qkv()
+    (out,) = comfy.sample(lambda o: comfy.consumer.optimized_attention(q, k, v, HEADS, transformer_options=o))
+    assert handled() == 1 and out.shape == q.shape and not torch.equal(out, comfy.original(q, k, v, HEADS))
+
+
+def test_cpu_auto_is_exact_with_reason(comfy):
+    q, k, v = qkv()
+    (out,) = comfy.sample(lambda o: comfy.attention.optimized_attention(q, k, v, HEADS, transformer_options=o))
+    assert torch.equal(out, comfy.original(q, k, v, HEADS)) and last().fallbacks == {"no backend is measured to be faster on cpu": 1}
 
 
 FORMS = {
-    "skip_reshape": lambda f, q, k, v, **o: f(q, k, v, 2, None, skip_reshape=True, **o),
-    "skip_output_reshape": lambda f, q, k, v, **o: f(q, k, v, 2, skip_reshape=True, skip_output_reshape=True, **o),
-    "flat, heads by keyword": lambda f, q, k, v, **o: f(*(x.transpose(1, 2).flatten(2) for x in (q, k, v)), heads=2, **o),
-    "all positional": lambda f, q, k, v, **o: f(q, k, v, 2, None, None, True, False, **o),
-    "flat q, 4-D k and v": lambda f, q, k, v, **o: f(q.transpose(1, 2).flatten(2), k.transpose(1, 2), v.transpose(1, 2), 2, **o),
-    "strided v": lambda f, q, k, v, **o: f(q, k, v.transpose(2, 3).contiguous().transpose(2, 3), 2, skip_reshape=True, **o),
-    "scale": lambda f, q, k, v, **o: f(q, k, v, 2, skip_reshape=True, scale=0.5, **o),
-    "grouped": lambda f, q, k, v, **o: f(q, k[:, :1], v[:, :1], 2, skip_reshape=True, enable_gqa=True, **o),
-    "key mask": lambda f, q, k, v, **o: f(q, k, v, 2, mask=torch.arange(TOKENS).gt(9)[None, None, None], skip_reshape=True, **o),
-    "cross": lambda f, q, k, v, **o: f(q, k[:, :, :50], v[:, :, :50], 2, skip_reshape=True, **o),
-    "preferred_attention": lambda f, q, k, v, **o: f(
-        q, k, v, 2, skip_reshape=True, preferred_attention=types.SimpleNamespace(function=None), **o),
+    "positional": lambda f, q, k, v, o: f(q, k, v, HEADS, None, None, False, False, transformer_options=o),
+    "heads-keyword": lambda f, q, k, v, o: f(q, k, v, heads=HEADS, transformer_options=o),
+    "all-keywords": lambda f, q, k, v, o: f(v=v, k=k, q=q, heads=HEADS, mask=None, transformer_options=o),
+    "skip_reshape": lambda f, q, k, v, o: f(*map(heads_first, (q, k, v)), HEADS, skip_reshape=True, transformer_options=o),
+    "skip_reshape-positional": lambda f, q, k, v, o: f(*map(heads_first, (q, k, v)), HEADS, None, None, True,
+                                                       transformer_options=o),
+    "skip_output": lambda f, q, k, v, o: f(q, k, v, HEADS, skip_output_reshape=True, transformer_options=o),
+    "skip_both": lambda f, q, k, v, o: f(*map(heads_first, (q, k, v)), HEADS, skip_reshape=True,
+                                         skip_output_reshape=True, transformer_options=o),
+    "sd3": lambda f, q, k, v, o: f(q, k.unflatten(-1, (HEADS, DIM)), v.unflatten(-1, (HEADS, DIM)), HEADS,
+                                   transformer_options=o),
+    "scale": lambda f, q, k, v, o: f(q, k, v, HEADS, scale=0.5, transformer_options=o),
+    "strided-v": lambda f, q, k, v, o: f(q, k, torch.stack((v, v + 1), -1)[..., 0], HEADS, transformer_options=o),
+    "key-mask": lambda f, q, k, v, o: f(q, k, v, HEADS, torch.arange(q.shape[1])[None, None] % 5 > 0, transformer_options=o),
 }
 
 
-@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
-def test_every_form_is_answered_in_its_layout(comfy, form):
+@pytest.mark.parametrize("form", FORMS)
+def test_call_forms_match_the_original(comfy, configure, form):
+    configure(DENSE)
     q, k, v = qkv()
-    out, run = sample(comfy, lambda options: form(comfy.attention.optimized_attention, q, k, v, transformer_options=options))
-    exact = form(fake_comfy.attention_pytorch, q, k, v)
-    assert run.calls == {"doubled": 1}
-    assert out.shape == exact.shape
-    torch.testing.assert_close(out, 2 * exact)
+    copies = [x.clone() for x in (q, k, v)]
+    (out,) = comfy.sample(lambda o: FORMS[form](comfy.attention.optimized_attention, q, k, v, o))
+    expected = FORMS[form](comfy.original, q, k, v, None)
+    assert handled() == 1, last()
+    assert out.shape == expected.shape
+    torch.testing.assert_close(out, expected, atol=2e-5, rtol=1e-4)
+    assert all(torch.equal(x, y) for x, y in zip((q, k, v), copies, strict=True))
 
 
-EXACT = {
-    "attention override": {"options": {"optimized_attention_override": lambda f, *a, **k: f(*a, **k)}},
-    "full precision": {"low_precision_attention": False},
-    "preferred attention": {"preferred_attention": types.SimpleNamespace(function=print)},
-    "unknown keyword": {"something_new": 1},
-    "row": {"mask": torch.zeros(1, TOKENS, TOKENS)},
-}
+@pytest.mark.parametrize("skip", [False, True], ids=["flat", "heads-first"])
+def test_gqa(comfy, configure, skip):
+    configure(DENSE)
+    q, k, v = qkv(heads=4, kv_heads=2)
+    if skip:
+        q, k, v = map(heads_first, (q, k, v))
+    kwargs = {"enable_gqa": True, "skip_reshape": skip}
+    (out,) = comfy.sample(lambda o: comfy.attention.optimized_attention(q, k, v, 4, transformer_options=o, **kwargs))
+    assert handled() == 1
+    torch.testing.assert_close(out, comfy.original(q, k, v, 4, **kwargs), atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("reason", "case"), EXACT.items(), ids=EXACT.keys())
-def test_what_must_be_exact_is_the_original_and_counted(comfy, reason, case):
+def test_nested_call_goes_to_the_original(comfy, configure):
+    configure(SPARSE)
     q, k, v = qkv()
-    keywords = {name: value for name, value in case.items() if name != "options"}
-    out, run = sample(comfy, lambda options: comfy.attention.optimized_attention(
-        q, k, v, 2, skip_reshape=True, transformer_options=options, **keywords), case.get("options"))
-    assert torch.equal(out, fake_comfy.attention_pytorch(q, k, v, 2, skip_reshape=True, mask=keywords.get("mask")))
-    assert run.calls == {"exact": 1} and reason in next(iter(run.fallbacks))
+    (out,) = comfy.sample(lambda o: comfy.attention.optimized_attention(q, k, v, HEADS, transformer_options=o,
+                                                                        _inside_attn_wrapper=True))
+    assert torch.equal(out, comfy.original(q, k, v, HEADS)) and last().calls == {}
 
 
-def test_containers_are_taken_only_when_handled(comfy):
-    for backend, left in (("doubled", None), ("raises", None)):
-        use(backend)
-        boxes = [fake_comfy.AttentionTensorContainer(x) for x in qkv()]
-        out, _ = sample(comfy, lambda options, boxes=boxes: comfy.attention.optimized_attention(
-            *boxes, 2, skip_reshape=True, transformer_options=options))
-        exact = fake_comfy.attention_pytorch(*qkv(), 2, skip_reshape=True)
-        torch.testing.assert_close(out, 2 * exact if backend == "doubled" else exact)
-        assert [box.tensor for box in boxes] == [left] * 3
+def test_override_wins_and_is_counted(comfy, configure):
+    configure(SPARSE)
+    q, k, v = qkv()
+    mark, seen = torch.zeros(1), []
+
+    def override(func, *args, **kwargs):
+        seen.append(func)
+        return mark
+
+    (out,) = comfy.sample(lambda o: comfy.attention.optimized_attention(
+        q, k, v, HEADS, transformer_options={**o, "optimized_attention_override": override}))
+    assert out is mark and len(seen) == 1
+    assert last().fallbacks == {"a node's attention override": 1} and last().calls == {"exact": 1}
 
 
-@pytest.mark.parametrize(("backend", "reason"), [("raises", "broken on purpose"), ("nan", "not finite"), ("wrong_shape", "returned"),
-                                                  ("oom", "out of memory")])
-def test_a_failing_backend_costs_speed_only(comfy, backend, reason, caplog):
-    use(backend)
+@pytest.mark.parametrize(("kwargs", "reason"), [
+    ({"low_precision_attention": False}, "the model asked for full precision"),
+    ({"low_precision_attention": True}, None),
+    ({"preferred_attention": types.SimpleNamespace(function=None)}, None),
+    ({"preferred_attention": types.SimpleNamespace(function=len)}, "the checkpoint's preferred attention"),
+    ({"novelty": 1}, "unknown keyword novelty"),
+    ({"mask": torch.zeros(TOKENS + TEXT, TOKENS + TEXT)}, "near_far: mask depends on the query row"),
+], ids=["full-precision", "low-precision", "preferred-none", "preferred", "unknown", "row-mask"])
+def test_demands_for_exact(comfy, configure, kwargs, reason):
+    configure(SPARSE)
+    q, k, v = qkv()
+    (out,) = comfy.sample(lambda o: comfy.attention.optimized_attention(q, k, v, HEADS, transformer_options=o, **kwargs))
+    if reason is None:
+        assert last().calls == {"near_far": 1}
+    else:
+        assert last().fallbacks == {reason: 1}
+        assert torch.equal(out, comfy.original(q, k, v, HEADS, **kwargs))
+
+
+def test_gradients_are_exact(comfy, configure):
+    configure(SPARSE)
+    q, k, v = qkv()
+    q.requires_grad_()
+    comfy.sample(lambda o: comfy.attention.optimized_attention(q, k, v, HEADS, transformer_options=o))
+    assert last().fallbacks == {"gradients are wanted": 1}
+
+
+@pytest.mark.parametrize("accepted", [True, False], ids=["handled", "exact"])
+def test_container_is_consumed_only_when_handled(comfy, configure, monkeypatch, accepted):
+    configure(DENSE)
+    q, k, v = qkv()
+    boxes = [AttentionTensorContainer(x) for x in (q, k, v)]
+    full_on_entry = []
+    engines.engine()
+    original_attempt = engines.Engine.attempt
+
+    def attempt(self, backend, call, run, evaluation):
+        full_on_entry.append(all(box.value is not None for box in boxes))
+        return original_attempt(self, backend, call, run, evaluation) if accepted else None
+
+    monkeypatch.setattr(engines.Engine, "attempt", attempt)
+    (out,) = comfy.sample(lambda o: comfy.attention.optimized_attention(*boxes, HEADS, transformer_options=o))
+    # In the exact case the stand-in's own take() would fail if ours had come before it.
+    assert full_on_entry == [True] and all(box.value is None for box in boxes)
+    assert handled() == int(accepted)
+    torch.testing.assert_close(out, comfy.original(q, k, v, HEADS), atol=2e-5, rtol=1e-4)
+
+
+def test_deepcopy_is_the_same_function(comfy):
+    new = comfy.attention.optimized_attention
+    assert copy.deepcopy({"f": new})["f"] is new
+
+
+class InterruptProcessingException(Exception):
+    """Named as ComfyUI's."""
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, InterruptProcessingException],
+                         ids=lambda e: e.__name__)
+def test_run_is_closed_after_an_exception(comfy, configure, error):
+    configure(SPARSE)
+    inside = []
+
+    def body(options):
+        inside.append((current_run() is not None, current_evaluation() is not None))
+        raise error("stop")
+
+    with pytest.raises(error, match="stop"):
+        comfy.sample(body)
+    assert inside == [(True, True)]
+    assert current_run() is None and current_evaluation() is None
+    assert last().outcome == f"ended by {error.__name__}"
+
+
+def test_interrupt_inside_a_backend_propagates(comfy, configure, monkeypatch, caplog):
+    configure(SPARSE)
     q, k, v = qkv()
 
-    def twice(options):
-        call = dict(skip_reshape=True, transformer_options=options)
-        return [comfy.attention.optimized_attention(q, k, v, 2, **call) for _ in range(2)]
+    def run(call):
+        raise InterruptProcessingException("cancel")
 
-    with caplog.at_level(logging.WARNING):
-        out, run = sample(comfy, twice)
-    exact = fake_comfy.attention_pytorch(q, k, v, 2, skip_reshape=True)
-    assert all(torch.equal(x, exact) for x in out)
-    assert run.calls == {"exact": 2} and len(caplog.records) == 1 and reason in caplog.text
-
-
-def test_the_run_is_closed_after_an_interrupt(comfy):
-    class InterruptProcessingException(Exception):
-        pass
-
-    def interrupt(options):
-        raise InterruptProcessingException
-
+    broken_backend(monkeypatch, run)
     with pytest.raises(InterruptProcessingException):
-        sample(comfy, interrupt)
-    assert current_run() is None
-    assert engine.engine().last_run.outcome == "ended by InterruptProcessingException"
+        comfy.sample(lambda o: comfy.attention.optimized_attention(q, k, v, HEADS, transformer_options=o))
+    assert current_run() is None and not [r for r in caplog.records if r.levelname == "WARNING"]
 
 
-def test_few_tokens_are_bit_identical(comfy):
-    use("doubled", min_tokens=10_000)
+def failing(error):
+    def run(call):
+        raise error
+
+    return run
+
+
+FAILURES = {
+    "raises": (failing(ValueError("broken")), "ValueError: broken"),
+    "nan": (lambda call: torch.full_like(call.q, torch.nan), "not finite"),
+    "one-inf": (lambda call: call.q.clone().index_fill_(2, torch.tensor([3]), torch.inf), "not finite"),
+    "shape": (lambda call: call.q[:, :, :-1], "returned [1, 2, 263, 16]"),
+    "dtype": (lambda call: call.q.double(), "returned [1, 2, 264, 16] torch.float64"),
+    "none": (lambda call: None, "returned NoneType"),
+    "oom": (failing(torch.OutOfMemoryError("CUDA out of memory")), "out of memory"),
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_bad_backend_is_exact_with_one_warning(comfy, configure, monkeypatch, caplog, failure):
+    configure(SPARSE)
+    run, text = FAILURES[failure]
+    calls = []
+
+    def counted(call):
+        calls.append(call)
+        return run(call)
+
+    broken_backend(monkeypatch, counted)
     q, k, v = qkv()
-    out, run = sample(comfy, lambda options: comfy.consumer.optimized_attention(q, k, v, 2, skip_reshape=True, transformer_options=options))
-    assert torch.equal(out, fake_comfy.attention_pytorch(q, k, v, 2, skip_reshape=True))
-    assert run.fallbacks == {"fewer tokens than min_tokens = 10000": 1}
+    outs = comfy.sample(lambda o: comfy.attention.optimized_attention(q, k, v, HEADS, transformer_options=o),
+                        sigmas=(3.0, 2.0, 1.0, 0.0))
+    assert len(outs) == 3 and all(torch.equal(out, comfy.original(q, k, v, HEADS)) for out in outs)
+    warnings = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert len(warnings) == 1 and text in warnings[0] and len(calls) == 1
+    assert last().calls == {"exact": 3} and last().fallbacks["near_far: failed earlier in this run"] == 2
 
 
-@pytest.mark.parametrize("backend", ["doubled", "sdpa"])
-def test_torch_compile_equals_eager(comfy, backend):
-    use("doubled", enabled=backend == "doubled")
+@pytest.mark.parametrize("bad_at", [0, 2], ids=["first-call", "last-call"])
+def test_a_step_that_is_not_finite_is_computed_again(comfy, configure, monkeypatch, caplog, bad_at):
+    """As on a GPU, where the finite check is read once a model evaluation."""
+    configure(SPARSE)
+    monkeypatch.setattr(engines, "checks_later", lambda device: True)
+    calls = []
+
+    def run(call):
+        calls.append(call)
+        return call.q * (torch.nan if len(calls) == bad_at + 1 else 1)
+
+    broken_backend(monkeypatch, run)
     q, k, v = qkv()
 
-    def model(q, k, v, options):
-        return comfy.attention.optimized_attention(q + 1, k, v, 2, skip_reshape=True, transformer_options=options) * 3
+    def body(o):
+        return torch.stack([comfy.attention.optimized_attention(q, k, v, HEADS, transformer_options=o) for _ in range(3)])
+
+    outs = comfy.sample(body, sigmas=(3.0, 2.0, 1.0, 0.0))
+    exact = comfy.original(q, k, v, HEADS)
+    assert len(calls) == 3 and all(torch.equal(row, exact) for out in outs for row in out)
+    (warning,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert "near_far: returned values that are not finite; this step is computed again" in warning
+    assert last().evaluations == 4 and last().fallbacks == {"near_far: returned values that are not finite": 3,
+                                                            "near_far: failed earlier in this run": 6}
+
+
+def test_a_backend_that_failed_is_tried_again_in_the_next_run(comfy, configure, monkeypatch):
+    configure(SPARSE)
+    q, k, v = qkv()
+
+    def body(o):
+        return comfy.attention.optimized_attention(q, k, v, HEADS, transformer_options=o)
+
+    with monkeypatch.context() as patch:
+        broken_backend(patch, failing(ValueError("once")))
+        comfy.sample(body)
+    comfy.sample(body)
+    assert last().calls == {"near_far": 1}
+
+
+def test_start_percent(comfy, configure):
+    configure(SPARSE.replace("[backends", "start_percent = 0.5\n[backends"))
+    q, k, v = qkv()
+    comfy.sample(lambda o: comfy.attention.optimized_attention(q, k, v, HEADS, transformer_options=o),
+                 sigmas=(4.0, 3.0, 2.0, 1.0, 0.0))
+    assert last().calls == {"exact": 2, "near_far": 2} and last().fallbacks == {"before start_percent": 2}
+
+
+def test_an_evaluation_that_is_not_understood_is_exact(comfy, configure):
+    configure(SPARSE)
+    q, k, v = qkv()
+
+    class Odd:
+        def __init__(self, body):
+            self.body, self.double_blocks = body, 3  # len() of a number fails
+
+        def __call__(self, x, t, options):
+            return self.body(options)
+
+    def sampler(model, x, sigma, options):
+        return model.apply_model(x, sigma, transformer_options=options)
+
+    guider = comfy.samplers.CFGGuider(comfy.model_base.Flux(Odd(lambda o: comfy.attention.optimized_attention(
+        q, k, v, HEADS, transformer_options=o))))
+    out = guider.outer_sample(torch.zeros(1, 4, 32, 32), None, sampler, torch.tensor([1.0, 0.0]))
+    assert torch.equal(out, comfy.original(q, k, v, HEADS))
+    (reason,) = last().fallbacks
+    assert reason.startswith("model evaluation not understood (TypeError")
+
+
+@pytest.mark.parametrize(("level", "lines"), [("off", 0), ("run", 1), ("step", 3), ("call", 7)])
+def test_log_levels(comfy, configure, caplog, level, lines):
+    configure(SPARSE.replace("[backends", f'log = "{level}"\n[backends'))
+    q, k, v = qkv()
+    engines.engine()
+    caplog.set_level("INFO")
+
+    def body(o):
+        return [comfy.attention.optimized_attention(q, k, v, HEADS, transformer_options=o, low_precision_attention=low)
+                for low in (True, False)]
+
+    comfy.sample(body, sigmas=(2.0, 1.0, 0.0))
+    assert len(caplog.records) == lines, caplog.text
+    if level in ("step", "call"):
+        assert "Flux: step 1, sigma 1: exact 1, near_far 1 (exact because: the model asked for full precision: 1)" in caplog.text
+
+
+def test_every_call_counts_for_the_block_index(comfy, configure):
+    """Where the model gives no block index, rules on layers go by the number of the call; exact calls count too."""
+    configure(SPARSE + '[[rules]]\nwhen = { layers = "2" }\nbackend = "sdpa"\n')
+    q, k, v = qkv()
+
+    def body(o):
+        comfy.attention.optimized_attention(q, k, v, HEADS, transformer_options=o, low_precision_attention=False)
+        return [comfy.attention.optimized_attention(q, k, v, HEADS, transformer_options=o) for _ in range(3)]
+
+    (outs,) = comfy.sample(body)
+    exact = comfy.original(q, k, v, HEADS)
+    assert [torch.equal(out, exact) for out in outs] == [False, True, False]
+
+
+def test_a_choice_for_exact_is_remembered_in_the_run_only(comfy, configure, monkeypatch):
+    path = configure(SPARSE)
+    q, k, v = qkv()
+    asked = []
+    choose = engines.Engine.choose
+    monkeypatch.setattr(engines.Engine, "choose", lambda self, call, run: asked.append(call) or choose(self, call, run))
+    mask = torch.zeros(TOKENS + TEXT, TOKENS + TEXT)
+
+    def body(o):
+        return [comfy.attention.optimized_attention(q, k, v, HEADS, m, transformer_options=o) for m in (mask, mask, None)]
+
+    comfy.sample(body, sigmas=(2.0, 1.0, 0.0))
+    assert len(asked) == 3 and last().calls == {"exact": 4, "near_far": 2}
+    path.write_text(SPARSE + "# changed\n")
+    comfy.sample(body)
+    assert len(asked) == 5
+
+
+@pytest.mark.parametrize("state", ["on", "disabled", "uninstalled"])
+def test_compiled_equals_eager(comfy, configure, state):
+    configure(SPARSE if state == "on" else "[taylor_patch]\nenabled = false\n")
+    if state == "uninstalled":
+        taylor_patch.uninstall()
+    q, k, v = qkv()
+    attention = comfy.attention
+
+    def block(q, k, v, options):
+        return attention.optimized_attention(q * 1.5, k, v, HEADS, transformer_options=options) + 1
 
     torch._dynamo.reset()
-    compiled = torch.compile(model, backend="eager")
-    eager, _ = sample(comfy, lambda options: model(q, k, v, options))
-    out, run = sample(comfy, lambda options: compiled(q, k, v, options))
-    assert torch.equal(out, eager)
-    assert run.calls == ({"doubled": 1} if backend == "doubled" else {"exact": 1})
+    compiled = torch.compile(block, backend="eager")
+    eager = comfy.sample(lambda o: block(q, k, v, o), sigmas=(2.0, 1.0, 0.0))
+    outs = comfy.sample(lambda o: compiled(q, k, v, o), sigmas=(2.0, 1.0, 0.0))
+    if state != "uninstalled":
+        assert last().calls == {"near_far" if state == "on" else "exact": 2}
+    assert len(outs) == 2 and all(torch.equal(a, b) for a, b in zip(outs, eager, strict=True))
+    outside = compiled(q, k, v, {})
+    assert torch.equal(outside, comfy.original(q * 1.5, k, v, HEADS) + 1)

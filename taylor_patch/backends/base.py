@@ -66,7 +66,7 @@ class Backend:
             reasons.append(f"dtype {str(call.q.dtype).removeprefix('torch.')}")
         if head_dim not in self.head_dims:
             reasons.append(f"head_dim {head_dim} outside {self.head_dims.start} to {self.head_dims.stop - 1}")
-        if call.row_mask:
+        if call.row_mask is not None:
             reasons.append("mask depends on the query row")
         if call.key_mask is not None and not self.key_masks:
             reasons.append("key mask")
@@ -83,6 +83,14 @@ class Backend:
     def workspace_nbytes(self, call: AttentionCall) -> int:
         """Bytes of temporary memory beside inputs and output, from shapes only."""
         raise NotImplementedError(f"{self.name} does not state its workspace")
+
+    def effective(self, call: AttentionCall) -> AttentionCall:
+        """`call` with the q and k that this backend works with; `call` itself where it takes them as they are."""
+        return call
+
+    def denominators(self) -> dict[str, float] | None:
+        """Statistics of the last call's denominators for the records, where the backend keeps any that cost no wait for the device."""
+        return None
 
     def run(self, call: AttentionCall) -> Tensor:
         """Attention of `call` as [B, H, N_q, D] in q's dtype. Raises Fallback instead of returning a bad result."""

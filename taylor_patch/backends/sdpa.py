@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -10,7 +11,7 @@ from taylor_patch.call import AttentionCall
 
 
 class Sdpa(Backend):
-    """Exact attention by torch.nn.functional.scaled_dot_product_attention."""
+    """Exact attention, with any mask, by torch.nn.functional.scaled_dot_product_attention."""
 
     name = "sdpa"
     summary = "exact attention; in ComfyUI the function that ComfyUI itself chose"
@@ -24,6 +25,8 @@ class Sdpa(Backend):
     def run(self, call: AttentionCall) -> Tensor:
         """See Backend.run."""
         heads = call.q.shape[1]
-        mask = None if call.key_mask is None else call.key_mask[:, None, None, :].to(call.q.dtype)
+        mask = call.row_mask if call.key_mask is None else call.key_mask[:, None, None, :]
+        if mask is not None and mask.dtype != torch.bool:
+            mask = mask.to(call.q.dtype)
         return F.scaled_dot_product_attention(call.q, expand_kv(call.k, heads), expand_kv(call.v, heads),
                                               attn_mask=mask, scale=call.scale)

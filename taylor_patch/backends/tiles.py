@@ -26,16 +26,11 @@ def tile_shape(grid: TokenGrid) -> tuple[int, int, int]:
 def tile_index(grid: TokenGrid) -> tuple[Tensor, Tensor]:
     """(index [n_blocks, 64] int64, filled [n_blocks, 64] bool) of the grid's tokens; edge tiles hold fewer.
 
-    index counts tokens from the grid's first; unfilled places point at token 0. Blocks are listed boustrophedon (strips of tiles
-    alternately left to right and right to left, frames of tiles alternately down and up), so that consecutive blocks are neighbours.
+    index counts tokens from the grid's first; unfilled places point at token 0.
     """
     tt, th, tw = tile_shape(grid)
     blocks = (-(-grid.t // tt), -(-grid.h // th), -(-grid.w // tw))
     padded = torch.full((blocks[0] * tt, blocks[1] * th, blocks[2] * tw), -1)
     padded[: grid.t, : grid.h, : grid.w] = torch.arange(grid.tokens).view(grid.t, grid.h, grid.w)
-    tiles = padded.view(blocks[0], tt, blocks[1], th, blocks[2], tw).permute(0, 2, 4, 1, 3, 5).reshape(*blocks, BLOCK)
-    tiles[1::2] = tiles[1::2].flip(1)
-    strips = tiles.view(-1, blocks[2], BLOCK)
-    strips[1::2] = strips[1::2].flip(1)
-    index = strips.view(-1, BLOCK)
+    index = padded.view(blocks[0], tt, blocks[1], th, blocks[2], tw).permute(0, 2, 4, 1, 3, 5).reshape(-1, BLOCK)
     return index.clamp_min(0), index >= 0

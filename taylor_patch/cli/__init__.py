@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import click
+
+from taylor_patch.cli import reports
 
 
 class Group(click.Group):
@@ -33,6 +36,10 @@ def main() -> None:
     """
 
 
+for command in (reports.report, reports.watch, reports.compare):
+    main.add_command(command)
+
+
 @main.command()
 @click.option("--size", default=128, show_default=True, help="Side of the picture in pixels.")
 @click.option("--steps", default=16, show_default=True, help="Sampling steps.")
@@ -40,37 +47,61 @@ def main() -> None:
 @click.option("--seed", default=0, show_default=True, help="Seed of the starting noise.")
 @click.option("--out", default="taylor-demo", show_default=True, help="Folder for comparison.png and demo.json.")
 @click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]))
-def demo(size: int, steps: int, picture: int, seed: int, out: str, device: str) -> None:
+@click.option("--comfyui", type=click.Path(exists=True, file_okay=False, path_type=Path),
+              help="Make the picture in this ComfyUI (headless, on the CPU), with taylor_patch off and on.")
+@click.option("--comfyui-python", default=sys.executable, show_default="this one", help="The interpreter that ComfyUI runs in.")
+@click.option("--json", "as_json", is_flag=True, help="Print what demo.json holds.")
+def demo(size: int, steps: int, picture: int, seed: int, out: str, device: str, comfyui: Path | None, comfyui_python: str,
+         as_json: bool) -> None:
     """Make one small picture with exact attention, near_far and global Taylor, and compare them."""
     from rich.console import Console
     from rich.progress import Progress
     from rich.table import Table
 
     from taylor_patch.demo.host import ROWS, run_demo
+    from taylor_patch.run import counted
 
-    with Progress() as bar:
+    with Progress(console=Console(stderr=True)) as bar:
         tasks = {name: bar.add_task(name, total=steps) for name in ROWS}
-        result = run_demo(size, steps, picture, seed, out, device, lambda name, done, _: bar.update(tasks[name], completed=done))
+
+        def progress(name: str, done: int, _: int) -> None:
+            bar.update(tasks[name], completed=done)
+
+        if comfyui is None:
+            result = run_demo(size, steps, picture, seed, out, device, progress)
+        else:
+            from taylor_patch.demo.comfyui.picture import run_in_comfyui
+
+            result = run_in_comfyui(comfyui, comfyui_python, size, steps, picture, seed, out, progress)
+    if as_json:
+        click.echo(json.dumps(result, indent=2))
+        return
     table = Table(title=f"{result['environment']['tokens']} tokens, {steps} steps, {result['environment']['device']}")
-    for title in ("backend", "s/step", "ratio", "PSNR dB", "rel L2 median", "rel L2 p90", "calls", "exact because"):
+    table.add_column("backend", no_wrap=True)
+    for title in ("s/step", "ratio", "PSNR dB", "rel L2 median", "rel L2 p90"):
         table.add_column(title)
     for row in result["rows"]:
         quality = "exact" if row["psnr_db"] is None else f"{row['psnr_db']:.1f}"
         table.add_row(row["backend"], f"{row['seconds_per_step']:.2f}", f"{row['speed_ratio']:.2f}", quality,
-                      f"{row['rel_l2_median']:.4f}", f"{row['rel_l2_p90']:.4f}",
-                      ", ".join(f"{name} {count}" for name, count in row["calls"].items()),
-                      ", ".join(f"{reason} {count}" for reason, count in row["fallbacks"].items()))
+                      *("" if row[key] is None else f"{row[key]:.4f}" for key in ("rel_l2_median", "rel_l2_p90")))
     Console().print(table)
+    for row in result["rows"]:
+        click.echo(row["log"] if "log" in row else f"{row['backend']}: attention calls: {counted(row['calls'], row['fallbacks'])}")
     click.echo(f"Pictures: {Path(out) / 'comparison.png'}  Figures: {Path(out) / 'demo.json'}")
 
 
 @main.command()
+@click.option("--comfyui", default=".", show_default="this folder", type=click.Path(exists=True, file_okay=False, path_type=Path),
+              help="ComfyUI's folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def doctor(as_json: bool) -> None:
-    """Is it on here, and if not, why not? Exit status 1 where something stops it."""
+def doctor(comfyui: Path, as_json: bool) -> None:
+    """Is it on here, and if not, why not? Exit status 1 where something stops it.
+
+    Run it with the interpreter that starts ComfyUI, in ComfyUI's folder.
+    """
     from taylor_patch.cli.checks import checks
 
-    found = checks()
+    found = checks(comfyui)
     if as_json:
         click.echo(json.dumps([{"state": state, "text": text} for state, text in found], indent=2))
     else:

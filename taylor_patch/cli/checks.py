@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import platform
+import subprocess
 import sys
 import sysconfig
 from pathlib import Path
@@ -13,9 +15,9 @@ Finding = tuple[str, str]
 """(state, text): "ok", "note", or "problem" where it stops taylor_patch from working."""
 
 
-def checks() -> list[Finding]:
-    """All findings, in the order in which start-up meets them."""
-    return [_switch(), *_startup_files(), *_versions(), _comfyui(), *_configuration()]
+def checks(comfyui: Path) -> list[Finding]:
+    """All findings, in the order in which start-up meets them. comfyui: ComfyUI's folder, if it is one."""
+    return [_switch(), *_startup_files(), *_versions(), *_comfyui(comfyui), *_configuration()]
 
 
 def _switch() -> Finding:
@@ -56,11 +58,25 @@ def _versions() -> list[Finding]:
     return found
 
 
-def _comfyui() -> Finding:
-    version = Path("comfyui_version.py")
+def _comfyui(folder: Path) -> list[Finding]:
+    """ComfyUI's version, and whether its modules are patched when they are imported."""
+    version = folder / "comfyui_version.py"
     if not version.is_file():
-        return "note", "no ComfyUI in this folder; run doctor in ComfyUI's folder to see its version"
-    return "ok", f"ComfyUI: {version.read_text().strip().splitlines()[-1]}"
+        return [("note", f"no ComfyUI in {folder}; run doctor in ComfyUI's folder, or name it with --comfyui, to see whether it is patched")]
+    found: list[Finding] = [("ok", f"ComfyUI: {version.read_text().strip().splitlines()[-1]}")]
+    environment = {**os.environ, "TAYLOR_PATCH": os.environ.get("TAYLOR_PATCH", "") or "1"}
+    done = subprocess.run([sys.executable, "-m", "taylor_patch.cli.probe"], cwd=folder, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        problem = done.stderr.strip().splitlines()[-1:] or [f"status {done.returncode}"]
+        return [*found, ("problem", f"this interpreter cannot import ComfyUI ({problem[0]}); run doctor with ComfyUI's interpreter")]
+    seen = json.loads(done.stdout.strip().splitlines()[-1])
+    if environment["TAYLOR_PATCH"] != "0":
+        found.append(("ok", "start-up registered the hooks") if seen["at_start"] else
+                     ("problem", "start-up did not register the hooks: the start-up files did not run in this interpreter"))
+    found += [("ok", f"{target} is patched") if state == "ok" else ("problem", f"{target} is not patched: {state}")
+              for target, state in seen["hooks"].items()]
+    found += [("problem", f"{name} belongs to {owner}") for name, owner in seen["others"].items()]
+    return found
 
 
 def _configuration() -> list[Finding]:

@@ -20,7 +20,8 @@ import taylor_patch
 from taylor_patch import engine as engines
 from taylor_patch.demo import model as demo_model
 from taylor_patch.hooks.attention import replace
-from taylor_patch.run import RunSummary, evaluation
+from taylor_patch.hooks.evaluation import apply_model
+from taylor_patch.run import RunSummary
 
 # Name -> settings of the row. Global Taylor of degree 2 (P = 3): degree 3 has 366,145 features at head_dim 128.
 ROWS: dict[str, dict[str, Any]] = {
@@ -85,12 +86,11 @@ def sample(host: Flux, text: Tensor, vector: Tensor, size: int, steps: int, seed
     """Euler from t = 1 to 0 -> picture [3, size, size] in -1 to 1, and what the run did."""
     x = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(seed)).to(text.device)
     schedule = torch.linspace(1, 0, steps + 1).tolist()
-    with engine.run(schedule) as run:
+    with engine.run(schedule):
         for t, t_next in itertools.pairwise(schedule):
             sigmas = torch.full((1,), t, device=x.device)
-            with (evaluation(run, host, x.shape, t),
-                  torch.autocast(x.device.type, torch.bfloat16, enabled=x.device.type == "cuda")):
-                velocity = host.diffusion_model(x, sigmas, text, vector, attention, {"sigmas": sigmas})
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=x.device.type == "cuda"):
+                velocity = apply_model(host.diffusion_model, host, (x, sigmas, text, vector, attention, {"sigmas": sigmas}), {})
             x = x + (t_next - t) * velocity.float()
             progress()
     assert engine.last_run is not None
@@ -140,9 +140,14 @@ def run_demo(size: int = 128, steps: int = 16, picture: int = 17, seed: int = 0,
     finally:
         engines.use(previous)
     tokens = (size // network.patch_size) ** 2 + text.shape[1]
-    result = {"rows": rows, "environment": {
+    return write(out, pictures, rows, {
         "size": size, "steps": steps, "picture": picture, "seed": seed, "tokens": tokens, "device": device_name(where),
-        "taylor_patch": taylor_patch.__version__, "torch": torch.__version__, "python": platform.python_version()}}
+        "taylor_patch": taylor_patch.__version__, "torch": torch.__version__, "python": platform.python_version()})
+
+
+def write(out: Path | str, pictures: dict[str, Tensor], rows: list[dict[str, Any]], environment: dict[str, Any]) -> dict[str, Any]:
+    """Write demo.json and comparison.png into the folder `out`; return what demo.json holds."""
+    result = {"rows": rows, "environment": environment}
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "demo.json").write_text(json.dumps(result, indent=2) + "\n")

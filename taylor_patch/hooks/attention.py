@@ -15,17 +15,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from taylor_patch import grid
 from taylor_patch.call import AttentionCall, Unsupported, from_comfyui, merge_heads
-from taylor_patch.engine import engine
+from taylor_patch.engine import Engine, engine
 from taylor_patch.run import Evaluation, SamplingRun, current_evaluation, current_run
 
 log = logging.getLogger("taylor_patch")
 
 NAMES = ("optimized_attention", "optimized_attention_masked")
 PARAMETERS = ("q", "k", "v", "heads", "mask", "attn_precision", "skip_reshape", "skip_output_reshape")
-KNOWN_KEYWORDS = frozenset({*PARAMETERS, "transformer_options", "scale", "enable_gqa", "low_precision_attention", "preferred_attention"})
+ARGUMENTS = frozenset({*PARAMETERS, "transformer_options", "scale", "enable_gqa"})
+WISHES = frozenset({"low_precision_attention", "preferred_attention"})
 
 _originals: dict[str, Callable[..., Any]] = {}
 _module: ModuleType | None = None
@@ -82,9 +84,8 @@ def replace(original: Callable[..., Any]) -> Callable[..., Any]:
         options = kwargs.get("transformer_options")
         if options is None or "sigmas" not in options:
             return original(*args, **kwargs)
-        if torch.compiler.is_compiling():
-            return _outside_graph(original, args, kwargs)
-        return dispatch(original, args, kwargs)
+        out = _answer_outside_graph(args, kwargs) if is_compiling() else answer(args, kwargs)
+        return original(*args, **kwargs) if out is None else out
 
     functools.update_wrapper(optimized_attention, original, updated=())
     optimized_attention.__taylor_patch_original__ = original  # type: ignore[attr-defined]
@@ -93,81 +94,100 @@ def replace(original: Callable[..., Any]) -> Callable[..., Any]:
     return optimized_attention
 
 
-def dispatch(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Answer one sampling call by a backend, or by `original` with the very same objects."""
-    run = current_run()
-    if run is None:
-        return original(*args, **kwargs)
-    out = _answer(args, kwargs, run)
-    return original(*args, **kwargs) if out is None else out
-
-
 @torch.compiler.disable
-def _outside_graph(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _answer_outside_graph(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """Decisions depend on step and block, so a traced graph must not hold them as constants: one graph break."""
-    return dispatch(original, args, kwargs)
+    return answer(args, kwargs)
 
 
-def _answer(args: tuple[Any, ...], kwargs: dict[str, Any], run: SamplingRun) -> Tensor | None:
-    """The backend's result in the layout that was asked for, or None with the reason counted."""
+def answer(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """A backend's result for a sampling call, in the layout that was asked for; None, with the reason counted, where the original
+    function has to answer."""
     evaluation = current_evaluation()
-    options = kwargs["transformer_options"]
-    # Every call counts, so that the call counter stands for the block index where the model gives none.
-    block = None if evaluation is None else evaluation.block_index(options)
+    run = current_run() if evaluation is None else evaluation.run
+    if run is None:
+        return None
+    if evaluation is not None:
+        evaluation.calls += 1
     current = engine()
     router = current.router
     if router.off:
-        run.exact("turned off in the configuration")
+        run.exact(router.off)
         return None
-    if reason := _demands_exact(kwargs, options, evaluation):
-        run.exact(reason)
-        return None
-    bound = {**dict(zip(PARAMETERS, args, strict=False)), **kwargs}
-    containers = [bound[name] for name in ("q", "k", "v") if hasattr(bound.get(name), "peek")]
     try:
-        tensors = [x.peek() if hasattr(x, "peek") else x for x in (bound["q"], bound["k"], bound["v"])]
-        heads, skip = bound["heads"], bool(bound.get("skip_reshape"))
-        tokens = tensors[0].shape[2 if skip else 1]
-        if tokens < router.least_tokens:
-            run.exact(f"fewer tokens than min_tokens = {router.least_tokens}")
+        q = args[0] if args else kwargs["q"]
+        if type(q) is not Tensor and hasattr(q, "peek"):
+            q = q.peek()
+        shape, skip = q.shape, args[6] if len(args) > 6 else kwargs.get("skip_reshape", False)
+        least, too_few = router.least_tokens(q.device)
+        if shape[2 if skip else 1] < least:
+            run.exact(too_few)
             return None
-        if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-            run.exact("gradients are wanted")
+        if reason := _demands_exact(kwargs, evaluation):
+            run.exact(reason)
             return None
-        call = from_comfyui(tensors[0], tensors[1], tensors[2], heads, mask=bound.get("mask"), skip_reshape=skip, scale=bound.get("scale"),
-                            enable_gqa=bool(bound.get("enable_gqa")))
-        out = current.answer(_placed(call, evaluation, options, block, router.target_error), run)
-    except Unsupported as reason:
-        run.exact(str(reason))
-        return None
+        key = None
+        # A choice for exact attention holds for the rest of the run, unless rules look at step and block.
+        if len(args) > 2 and type(args[1]) is Tensor and not router.has_rules:
+            mask, image = args[4] if len(args) > 4 else kwargs.get("mask"), kwargs["transformer_options"].get("img_slice")
+            key = (shape, args[1].numel(), None if mask is None else mask.shape, None if image is None else tuple(image),
+                   None if evaluation is None else evaluation.latent_shape)
+            if (known := run.known_exact.get(key)) is not None:
+                run.exact(known)
+                return None
+        return _handle(current, run, evaluation, key, *args, **kwargs)
+    except Unsupported as error:
+        run.exact(str(error))
     except Exception as error:
         if type(error).__name__ == "InterruptProcessingException":
             raise
         run.exact(f"error in taylor_patch ({type(error).__name__}: {error})")
+    return None
+
+
+def _demands_exact(kwargs: dict[str, Any], evaluation: Evaluation | None) -> str | None:
+    """Why the caller or the user wants this call answered by ComfyUI, or None."""
+    if "optimized_attention_override" in kwargs["transformer_options"]:
+        return "a node's attention override"
+    if not ARGUMENTS.issuperset(kwargs):
+        if kwargs.get("low_precision_attention") is False:
+            return "the model asked for full precision"
+        if getattr(kwargs.get("preferred_attention"), "function", None) is not None:
+            return "the checkpoint's preferred attention"
+        if unknown := kwargs.keys() - ARGUMENTS - WISHES:
+            return f"unknown keyword {', '.join(sorted(unknown))}"
+    return None if evaluation is None else evaluation.exact
+
+
+def _handle(current: Engine, run: SamplingRun, evaluation: Evaluation | None, key: Any, q: Any, k: Any, v: Any,
+            heads: int, mask: Tensor | None = None, attn_precision: Any = None, skip_reshape: bool = False,
+            skip_output_reshape: bool = False, *, transformer_options: dict[str, Any], scale: float | None = None,
+            enable_gqa: bool = False, **_: Any) -> Tensor | None:
+    """Choose and run a backend; from q on the arguments are ComfyUI's. key: what the run remembers a choice for exact attention by."""
+    containers = [x for x in (q, k, v) if type(x) is not Tensor and hasattr(x, "peek")]
+    if containers:
+        q, k, v = (x.peek() if hasattr(x, "peek") else x for x in (q, k, v))
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        run.exact("gradients are wanted")
         return None
+    call = from_comfyui(q, k, v, heads, mask=mask, skip_reshape=skip_reshape, scale=scale, enable_gqa=enable_gqa)
+    call = _placed(call, evaluation, transformer_options, current.router.target_error)
+    choice = current.choose(call, run)
+    if choice.backend is None:
+        reason = "; ".join(choice.reasons)
+        if key is not None:
+            run.known_exact[key] = reason
+        run.exact(reason)
+        return None
+    out = current.attempt(choice.backend, call, run, evaluation)
     if out is None:
         return None
     for container in containers:
         container.take()
-    return out if bound.get("skip_output_reshape") else merge_heads(out)
+    return out if skip_output_reshape else merge_heads(out)
 
 
-def _demands_exact(kwargs: dict[str, Any], options: dict[str, Any], evaluation: Evaluation | None) -> str | None:
-    """Why the caller or the user wants this call answered by ComfyUI, or None."""
-    if "optimized_attention_override" in options:
-        return "a node's attention override"
-    if kwargs.get("low_precision_attention") is False:
-        return "the model asked for full precision"
-    if getattr(kwargs.get("preferred_attention"), "function", None) is not None:
-        return "the checkpoint's preferred attention"
-    if not kwargs.keys() <= KNOWN_KEYWORDS:
-        return f"unknown keyword {', '.join(sorted(kwargs.keys() - KNOWN_KEYWORDS))}"
-    if getattr(sys.modules.get("comfy.model_management"), "in_training", False):
-        return "training"
-    return None if evaluation is None else evaluation.exact
-
-
-def _placed(call: AttentionCall, evaluation: Evaluation | None, options: dict[str, Any], block: int | None,
+def _placed(call: AttentionCall, evaluation: Evaluation | None, options: dict[str, Any],
             target_error: Callable[[AttentionCall], float]) -> AttentionCall:
     """`call` with its position in the run and its token grid."""
     if evaluation is None:
@@ -177,6 +197,6 @@ def _placed(call: AttentionCall, evaluation: Evaluation | None, options: dict[st
         if call.self_attention:
             found, why = grid.infer(call.q.shape[2], evaluation.latent_shape, evaluation.patches, evaluation.family,
                                     evaluation.has_reference, options)
-        placed = dataclasses.replace(call, grid=found, grid_reason=why, step=evaluation.step, sigma=evaluation.sigma, block=block,
-                                     model=evaluation.family)
+        placed = dataclasses.replace(call, grid=found, grid_reason=why, step=evaluation.step, sigma=evaluation.sigma,
+                                     block=evaluation.block_index(options), model=evaluation.family)
     return dataclasses.replace(placed, target_error=target_error(placed))

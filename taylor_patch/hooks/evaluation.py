@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import logging
+import sys
+import time
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from taylor_patch.engine import engine
+from taylor_patch.engine import NOT_FINITE, engine
 from taylor_patch.hooks.cold import ColdPatch
-from taylor_patch.run import SamplingRun, current_run, evaluation
+from taylor_patch.run import Evaluation, SamplingRun, current_run, describe, evaluation, with_exact
+from taylor_patch.telemetry import StepRecord, read
+
+log = logging.getLogger("taylor_patch")
 
 _patch = ColdPatch("BaseModel.apply_model")
 
 
 def install(module: ModuleType) -> None:
     """Wrap BaseModel.apply_model."""
-    _patch.install(module, _apply_model)
+    _patch.install(module, apply_model)
 
 
 def uninstall() -> None:
@@ -23,16 +29,54 @@ def uninstall() -> None:
     _patch.uninstall()
 
 
-def _apply_model(wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def apply_model(wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """`wrapped`(x, t, ...) as one evaluation of the run in progress; once more, exactly, where a backend's values were not finite."""
     run = current_run()
     if run is None:
         return wrapped(*args, **kwargs)
-    x = kwargs.get("x", args[0] if args else None)
-    t = kwargs.get("t", args[1] if len(args) > 1 else None)
-    with evaluation(run, instance, getattr(x, "shape", None), _first(t), bool(kwargs.get("ref_latents"))) as current:
-        if _before_start(run, instance, current.sigma):
-            current.exact = "before start_percent"
-        return wrapped(*args, **kwargs)
+    first = _describe(run, instance, args, kwargs)
+    out, bad = _evaluate(first, wrapped, args, kwargs)
+    if not bad:
+        return out
+    # The picture must not suffer: the same evaluation once more, from the same inputs, exact.
+    reason = f"{', '.join(bad)}: {NOT_FINITE}"
+    log.warning("taylor_patch: %s; this step is computed again by exact attention, which takes its place for such calls in this run.", reason)
+    again = _describe(run, instance, args, kwargs)
+    again.exact = reason
+    return _evaluate(again, wrapped, args, kwargs)[0]
+
+
+def _evaluate(current: Evaluation, wrapped: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[str]]:
+    """(the model's result, names of the backends whose values were not finite; they are not asked again for such calls)."""
+    run, started = current.run, time.monotonic()
+    calls, fallbacks = run.calls.copy(), run.fallbacks.copy()
+    with evaluation(current):
+        out = wrapped(*args, **kwargs)
+    try:
+        blocks, bad = read(current.answers)  # the one read from the device, which has to finish the evaluation for it
+        run.broken.update(bad)
+        calls, fallbacks = run.calls - calls, run.fallbacks - fallbacks
+        engine().record(run, StepRecord(current.family, current.step, current.sigma, time.monotonic() - started,
+                                        with_exact(calls, fallbacks), dict(fallbacks), current.max_head_dim, tuple(blocks)))
+    except Exception as error:
+        log.warning("taylor_patch: the step's record failed (%s: %s)", type(error).__name__, error)
+        return out, []
+    return out, sorted({name for name, _ in bad})
+
+
+def _describe(run: SamplingRun, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Evaluation:
+    """What the call of apply_model(x, t, ...) is; one that cannot be read is exact, with the reason."""
+    try:
+        x = kwargs.get("x", args[0] if args else None)
+        t = kwargs.get("t", args[1] if len(args) > 1 else None)
+        current = describe(run, model, getattr(x, "shape", None), _first(t), bool(kwargs.get("ref_latents")))
+        if getattr(sys.modules.get("comfy.model_management"), "in_training", False):
+            current.exact = "training"
+        else:
+            current.exact = _outside_range(run, model, current.sigma)
+        return current
+    except Exception as error:
+        return Evaluation(run, None, None, None, None, (), exact=f"model evaluation not understood ({type(error).__name__}: {error})")
 
 
 def _first(t: Any) -> float | None:
@@ -43,16 +87,24 @@ def _first(t: Any) -> float | None:
         return None
 
 
-def _before_start(run: SamplingRun, model: Any, sigma: float | None) -> bool:
-    """True while the schedule has not reached start_percent."""
-    percent = engine().config.settings.start_percent
-    if percent <= 0 or sigma is None:
-        return False
-    if run.start_sigma is None:
+def _outside_range(run: SamplingRun, model: Any, sigma: float | None) -> str | None:
+    """Why the evaluation lies outside start_percent to end_percent of the schedule, or None."""
+    settings = engine().config.settings
+    if sigma is None:
+        return None
+    if settings.start_percent > 0 and sigma > _sigma_at(run, model, settings.start_percent):
+        return "before start_percent"
+    if settings.end_percent < 1 and sigma < _sigma_at(run, model, settings.end_percent):
+        return "after end_percent"
+    return None
+
+
+def _sigma_at(run: SamplingRun, model: Any, percent: float) -> float:
+    """sigma at this part of the schedule; without the model's own scale the position among the steps stands in for it."""
+    if percent not in run.sigmas:
         try:
-            run.start_sigma = float(model.model_sampling.percent_to_sigma(percent))
+            run.sigmas[percent] = float(model.model_sampling.percent_to_sigma(percent))
         except Exception:
-            # Without the model's own scale the position in the schedule stands in for it.
-            steps = run.schedule or (sigma,)
-            run.start_sigma = steps[min(int(percent * (len(steps) - 1)), len(steps) - 1)]
-    return sigma > run.start_sigma
+            steps = run.schedule or (0.0,)
+            run.sigmas[percent] = steps[min(int(percent * (len(steps) - 1)), len(steps) - 1)]
+    return run.sigmas[percent]

@@ -20,12 +20,9 @@ def block_tokens(block, place, n_image_blocks, GRID_T, GRID_H, GRID_W, START, OU
     across = tl.cdiv(GRID_W, TILE_W)
     down = tl.cdiv(GRID_H, TILE_H)
     strip = block // across
-    frame = strip // down
-    row = tl.where(frame % 2 == 1, down - 1 - strip % down, strip % down)
-    column = tl.where(strip % 2 == 1, across - 1 - block % across, block % across)
-    x = column * TILE_W + place % TILE_W
-    y = row * TILE_H + place // TILE_W % TILE_H
-    t = frame * TILE_T + place // (TILE_W * TILE_H)
+    x = block % across * TILE_W + place % TILE_W
+    y = strip % down * TILE_H + place // TILE_W % TILE_H
+    t = strip // down * TILE_T + place // (TILE_W * TILE_H)
     image_token = START + (t * GRID_H + y) * GRID_W + x
     rank = (block - n_image_blocks) * 64 + place
     outside_token = tl.where(rank < START, rank, rank + GRID_T * GRID_H * GRID_W)

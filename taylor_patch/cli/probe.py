@@ -1,0 +1,32 @@
+"""Imports ComfyUI's modules in a process of its own, with taylor_patch on, and prints as JSON what was patched. Run by `doctor`."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+
+
+def main() -> None:
+    """Run in ComfyUI's folder. The last line printed is {"at_start", "hooks", "patched", "others"}."""
+    sys.path.insert(0, "")
+    from taylor_patch import startup
+
+    at_start = startup.registered
+    from comfy.cli_args import args  # type: ignore[import-not-found]
+
+    args.cpu = True  # nothing here needs the GPU, which a running ComfyUI may be using
+    from taylor_patch import api
+
+    api.install()
+    for target in startup.HOOKS:
+        importlib.import_module(target)
+    from taylor_patch.hooks.attention import NAMES, patched
+
+    module = sys.modules["comfy.ldm.modules.attention"]
+    others = {name: f"{function.__module__}.{function.__qualname__}" for name in NAMES if name not in patched()
+              for function in [getattr(module, name, None)] if function is not None}
+    print(json.dumps({"at_start": at_start, "hooks": startup.fired, "patched": patched(), "others": others}))
+
+
+main()

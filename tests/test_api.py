@@ -1,0 +1,103 @@
+"""taylor_patch.attention and explain: the public functions outside ComfyUI."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import taylor_patch
+from taylor_patch.errors import BackendRefused, ConfigError, TaylorPatchError
+
+
+def qkv(n=260, m=None, heads=4, kv_heads=None, dim=16):
+    return torch.randn(2, heads, n, dim), *(torch.randn(2, kv_heads or heads, m or n, dim) for _ in "kv")
+
+
+MASKS = {
+    "none": lambda n: None,
+    "bool-2d": lambda n: torch.arange(n)[None] % 3 > 0,
+    "rows-2d": lambda n: torch.ones(n, n).tril().bool(),
+    "rows-3d": lambda n: torch.randn(2, n, n),
+    "heads-4d": lambda n: torch.randn(1, 4, 1, n),
+    "batch-4d": lambda n: torch.randn(2, 1, 1, n),
+}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("backend", ["auto", "sdpa"])
+def test_auto_and_sdpa_are_exact_on_the_cpu(backend, mask):
+    q, k, v = qkv(40)
+    given = MASKS[mask](40)
+    shown = given if given is None else given[None, None] if given.dim() == 2 else given[:, None] if given.dim() == 3 else given
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=shown, scale=0.3)
+    torch.testing.assert_close(taylor_patch.attention(q, k, v, backend=backend, mask=given, scale=0.3), expected)
+
+
+@pytest.mark.parametrize("text", [(0, 4), (256, 260)], ids=["before", "after"])
+def test_near_far_with_text_is_exact_at_density_one(text):
+    q, k, v = qkv(kv_heads=2)
+    mask = torch.arange(260)[None] % 5 > 0
+    out = taylor_patch.attention(q, k, v, backend="near_far", grid=(1, 16, 16), text=text, mask=mask, options={"density": 1.0})
+    expected = taylor_patch.attention(q, k, v, backend="sdpa", mask=mask)
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_quality_moves_the_error():
+    q, k, v = qkv(1024)
+    exact = taylor_patch.attention(q, k, v, backend="sdpa")
+    errors = [(taylor_patch.attention(q, k, v, backend="near_far", grid=(1, 32, 32), quality=quality) - exact).norm()
+              for quality in ("fast", "balanced", "lossless", 0.01)]
+    assert errors[0] > errors[1] > errors[2] >= errors[3] > 0
+
+
+def test_options_replace_those_of_the_configuration(configure):
+    configure("[backends.taylor_torch]\nP = 2\n")
+    q, k, v = qkv(120)
+    two, three = (taylor_patch.attention(q * 0.1, k, v, backend="taylor_torch", options=o) for o in (None, {"P": 3}))
+    exact = taylor_patch.attention(q * 0.1, k, v, backend="sdpa")
+    assert (two - exact).norm() > 3 * (three - exact).norm()
+
+
+def test_explain_gives_reasons_and_runs_nothing(monkeypatch):
+    from taylor_patch.backends.near_far import NearFar
+
+    monkeypatch.setattr(NearFar, "run", lambda *_: pytest.fail("ran"))
+    q, k, v = qkv(50)
+    choice = taylor_patch.explain(q, k, v, backend="near_far", mask=torch.ones(50, 50).bool())
+    assert choice.backend is None
+    assert {"mask depends on the query row", "the token grid is not known", "fewer tokens than min_tokens = 100"} <= set(choice.reasons)
+    q, k, v = qkv(256)
+    assert taylor_patch.explain(q, k, v, backend="near_far", grid=(1, 16, 16)).backend.name == "near_far"
+    automatic = taylor_patch.explain(q, k, v, grid=(1, 16, 16))
+    assert automatic.backend is None and any("near_far: not measured" in reason for reason in automatic.reasons)
+
+
+def call(**kwargs):
+    q, k, v = qkv(260)
+    return taylor_patch.attention(q, k, v, **kwargs)
+
+
+@pytest.mark.parametrize(("kwargs", "error", "text"), [
+    ({"backend": "near_fra"}, BackendRefused, 'Did you mean "near_far"?'),
+    ({"backend": "near_far"}, BackendRefused, "cannot run q [2, 4, 260, 16] float32"),
+    ({"backend": "near_far", "grid": (1, 16, 16)}, TaylorPatchError, "do not make up the 260 tokens"),
+    ({"backend": "near_far", "grid": (1, 16, 16), "text": (2, 6)}, TaylorPatchError, "before or after the grid"),
+    ({"backend": "near_far", "options": {"densty": 1.0}}, ConfigError, 'Did you mean "density"?'),
+    ({"backend": "near_far", "options": {"density": 7.0}}, ConfigError, "density"),
+    ({"options": {"density": 1.0}}, TaylorPatchError, "name it instead"),
+    ({"quality": "balancd"}, ConfigError, 'Did you mean "balanced"?'),
+    ({"quality": 3.0}, ConfigError, "outside 0 to 1"),
+], ids=["unknown", "no-grid", "grid", "text", "option", "option-range", "options-of-auto", "quality", "quality-range"])
+def test_refusals_say_what_to_do(kwargs, error, text):
+    with pytest.raises(error) as raised:
+        call(**kwargs)
+    assert text in str(raised.value)
+
+
+def test_tensors_that_do_not_fit():
+    q, k, v = qkv(20)
+    with pytest.raises(TaylorPatchError, match="do not fit together"):
+        taylor_patch.attention(q, k[..., :8], v)
+    with pytest.raises(TaylorPatchError, match="do not fit together"):
+        taylor_patch.attention(q[0], k[0], v[0])

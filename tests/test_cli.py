@@ -1,0 +1,104 @@
+"""The taylor-patch command."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from taylor_patch.cli import main
+
+
+def run(*words, status=0):
+    result = CliRunner().invoke(main, words)
+    assert result.exit_code == status, result.output + str(result.exception)
+    return result.output if status else result.stdout
+
+
+COMMANDS = [["demo"], ["report"], ["watch"], ["compare"], ["doctor"], ["run"], ["backends"], ["plugins"], ["config"],
+            *(["config", name] for name in ("init", "show", "explain", "check", "schema"))]
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_help(words):
+    assert f"Usage: main {' '.join(words)}" in run(*words, "--help")
+
+
+def test_demo_makes_picture_and_figures(tmp_path):
+    result = json.loads(run("demo", "--size", "32", "--steps", "2", "--device", "cpu", "--out", "made", "--json"))
+    assert result == json.loads((tmp_path / "made" / "demo.json").read_text())
+    rows = {row["backend"]: row for row in result["rows"]}
+    assert list(rows) == ["sdpa", "near_far", "taylor_torch"]
+    assert rows["sdpa"]["psnr_db"] is None and rows["sdpa"]["rel_l2_p90"] < 1e-5
+    assert rows["near_far"]["calls"] == {"near_far": 10} and rows["near_far"]["psnr_db"] > rows["taylor_torch"]["psnr_db"] + 5
+    assert rows["taylor_torch"]["rel_l2_median"] > rows["near_far"]["rel_l2_median"] > rows["sdpa"]["rel_l2_median"]
+    picture = Image.open(tmp_path / "made" / "comparison.png")
+    assert picture.size[0] > 3 * 384 and len(picture.getcolors(1 << 24)) > 100
+
+
+def test_demo_needs_a_comfyui(tmp_path):
+    assert "is not a ComfyUI checkout" in run("demo", "--comfyui", str(tmp_path), status=1)
+
+
+def test_backends():
+    rows = {row["name"]: row for row in json.loads(run("backends", "--json"))}
+    assert {"near_far", "taylor_torch", "sdpa"} <= set(rows) and rows["near_far"]["reasons_against"] == []
+    text = run("backends")
+    assert all(name in text for name in rows)
+
+
+def test_plugins():
+    (built_in, *_) = json.loads(run("plugins", "--json"))
+    assert built_in["name"] == "taylor_patch" and "near_far" in built_in["backends"] and built_in["error"] is None
+    assert "built in" in run("plugins")
+
+
+def test_config_init_check_show(tmp_path):
+    assert "Wrote" in run("config", "init")
+    assert "is there already" in run("config", "init", status=1)
+    run("config", "init", "--force")
+    assert "valid" in run("config", "check")
+    assert 'backend = "auto"' in run("config", "show")
+
+
+def test_config_check_names_the_place(configure, tmp_path):
+    path = configure('[taylor_patch]\nbackend = "near_fra"\n')
+    for words in (["config", "check"], ["config", "check", str(path)], ["config", "show"]):
+        output = run(*words, status=1)
+        assert f"{path}:2:1: taylor_patch.backend" in output and 'Did you mean "near_far"?' in output
+
+
+def test_config_explain(configure, monkeypatch):
+    path = configure('[taylor_patch]\nbackend = "near_far"\n')
+    monkeypatch.setenv("TAYLOR_PATCH", "sdpa")
+    rows = json.loads(run("config", "explain", "backend", "--json"))
+    assert [(row["place"], row["value"], row["wins"]) for row in rows] == [
+        ("environment", "sdpa", True), (f"{path}:2:1", "near_far", False), ("default", "auto", False)]
+    assert "wins" in run("config", "explain", "backend")
+    assert "Did you mean" in run("config", "explain", "bakend", status=1)
+
+
+def test_config_schema():
+    assert json.loads(run("config", "schema"))["properties"]["taylor_patch"]
+
+
+def test_doctor_says_what_stops_it(configure):
+    configure("[taylor_patch]\nquality = 7\n")
+    found = json.loads(run("doctor", "--json", status=1))
+    problems = [row["text"] for row in found if row["state"] == "problem"]
+    assert any("taylor_patch.quality" in text for text in problems)
+    assert any("TAYLOR_PATCH is not set: off" in row["text"] for row in found)
+
+
+@pytest.mark.parametrize("words", [["script.py"], [sys.executable, "script.py"], [sys.executable, "-B", "script.py"]],
+                         ids=["script", "python", "flags"])
+def test_run_switches_on_and_passes_arguments(tmp_path, words):
+    import subprocess
+
+    (tmp_path / "script.py").write_text("import sys, os, taylor_patch.startup as s\n"
+                                        "print(sys.argv[1:], os.environ['TAYLOR_PATCH'], s.registered, __name__)\nsys.exit(7)\n")
+    done = subprocess.run([sys.executable, "-m", "taylor_patch", "run", "--", *words, "--listen", "x"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (7, "['--listen', 'x'] 1 True __main__\n"), done.stderr
