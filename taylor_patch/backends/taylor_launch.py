@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from typing import Any
 
 import torch
@@ -38,6 +39,8 @@ def _precision(dtype: torch.dtype) -> dict[str, Any]:
     """Constants of a kernel that makes products in `dtype`."""
     import triton.language as tl
 
+    if dtype == torch.bfloat16 and os.environ.get("TRITON_INTERPRET") == "1":
+        dtype = torch.float32  # Triton's interpreter multiplies the bit patterns of bfloat16 as integers
     names = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
     return {"DTYPE": names[dtype], "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32"}
 
@@ -74,7 +77,7 @@ class _Moments:
         self.linear = total[:, :dim, :width]  # [states, dim, width]
         if center:
             self.linear = torch.baddbmm(self.linear, self.mean[:, :, None], self.constant[:, None], alpha=-1)
-        self.linear = (self.linear * ratio).contiguous()
+        self.linear = (self.linear * ratio).to(dtype).contiguous()
         self.z_linear = self.mean * ratio  # used where keys are not centred
 
 
