@@ -13,6 +13,7 @@ if not ON_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 pytest.importorskip("triton", reason="Triton is not installed")
 
+# ruff: noqa: E402
 from taylor_patch.backends import taylor_launch
 from taylor_patch.backends.base import Fallback
 from taylor_patch.backends.taylor import TaylorOptions
@@ -34,7 +35,10 @@ def poisoned(monkeypatch):
 
 def make(n=37, m=51, d=16, batch=1, heads=2, heads_kv=None, dtype=torch.float32, seed=0, scale=None, shift=0.3, mask=None, **fields):
     gen = torch.Generator().manual_seed(seed)
-    draw = lambda *shape: torch.randn(*shape, generator=gen).to(dtype).to(DEVICE)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=gen).to(dtype).to(DEVICE)
+
     heads_kv = heads_kv or heads
     q, k, v = draw(batch, heads, n, d), draw(batch, heads_kv, m, d) + shift, draw(batch, heads_kv, m, d)
     if mask is not None:
@@ -231,8 +235,9 @@ def test_full_heads_of_degree_three_on_the_gpu():
 @gpu
 @needs_gpu
 def test_workspace_is_what_torch_allocates():
-    for kind, options, n in ((TritonFull, dict(P=3), 16_896), (TritonFused, dict(P=4), 4_096), (TritonFull, dict(P=4, sub_head_blocks=4), 4_096),
-                             (TritonFull, dict(P=3, qk_norm_clip=9.0), 16_896)):
+    cases = ((TritonFull, dict(P=3), 16_896), (TritonFused, dict(P=4), 4_096), (TritonFull, dict(P=4, sub_head_blocks=4), 4_096),
+             (TritonFull, dict(P=3, qk_norm_clip=9.0), 16_896))
+    for kind, options, n in cases:
         call = make(n=n, m=n, d=128, heads=24, dtype=torch.bfloat16, shift=0.0)
         backend = kind(TaylorOptions(early_probe=False, fallback_on_negative=False, **options))
         backend.run(call)

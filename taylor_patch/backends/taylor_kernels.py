@@ -10,6 +10,9 @@ Tiles are spread to 64 columns by a product with a constant matrix of zeros and 
 registers in the layout that the next product wants, so features never pass through shared memory. Accumulation is in
 float32. A row of S ends in 16 columns for Z: its rounding to S's dtype, the rest of it, and zeros. The denominator is thus
 one more product of the same features, exact to two roundings of Z.
+
+Loops are said to run at least once (tl.assume): with a path around one, on which ordinary instructions set the sums to zero,
+ptxas makes every tensor-core product wait for the one before it (its message C7515), which costs about half the speed.
 """
 
 from __future__ import annotations
@@ -73,7 +76,9 @@ def _moments_kernel(k_ptr, v_ptr, factor_ptr, weight_ptr, out_ptr, n_keys, per_s
     sum_x = tl.zeros([ROWS], tl.float32)
     sum_v = tl.zeros([DV_PAD], tl.float32)
     mass = tl.zeros([BLOCK_N], tl.float32)
-    for start in range(split * per_split, tl.minimum((split + 1) * per_split, n_keys), BLOCK_N):
+    begin, end = split * per_split, tl.minimum((split + 1) * per_split, n_keys)
+    tl.assume(begin < end)
+    for start in range(begin, end, BLOCK_N):
         first = tl.cast(start, tl.int64)
         ok = start + t < n_keys
         x = _coordinates(k_base + first * k_sn, t, r, ok, k_sn, k_sd, D, False) * root
@@ -120,9 +125,11 @@ def _probe_kernel(q_ptr, k_ptr, q_factor_ptr, k_factor_ptr, weight_ptr, mean_ptr
     mean = tl.zeros([D_PAD], tl.float32)
     if CENTER:
         mean = tl.load(mean_ptr + (y // GROUP) * D + d, mask=d < D, other=0.0)
-    sums = tl.zeros([P_PAD, SAMPLES], tl.float32)
     p = tl.arange(0, P_PAD)
-    for start in range(split * per_split, tl.minimum((split + 1) * per_split, n_keys), BLOCK_N):
+    sums = tl.zeros([P_PAD, SAMPLES, BLOCK_N], tl.float32)
+    begin, end = split * per_split, tl.minimum((split + 1) * per_split, n_keys)
+    tl.assume(begin < end)
+    for start in range(begin, end, BLOCK_N):
         first = tl.cast(start, tl.int64)
         ok = start + t < n_keys
         k = _coordinates(k_base + first * k_sn, t, d, ok, k_sn, k_sd, D, False) * root
@@ -132,11 +139,11 @@ def _probe_kernel(q_ptr, k_ptr, q_factor_ptr, k_factor_ptr, weight_ptr, mean_ptr
         if HAS_K_FACTOR:
             k *= tl.load(k_factor_ptr + (b * HEADS_KV + head) * n_keys + first + t, mask=ok, other=0.0)[:, None]
         x = tl.dot(q.to(DTYPE), tl.trans((k - mean[None, :]).to(DTYPE)), input_precision=PRECISION) * scale
-        power = tl.zeros_like(x) + w[None, :]
-        for degree in tl.static_range(P):
-            sums += tl.where((p == degree)[:, None], tl.sum(power, 1)[None, :], 0.0)
-            power *= x
-    tl.store(out_ptr + (split.to(tl.int64) * tl.num_programs(0) + y) * P * SAMPLES + p[:, None] * SAMPLES + s[None, :], sums,
+        power = tl.zeros_like(sums) + w[None, None, :]
+        for degree in tl.static_range(1, P):
+            power = tl.where(p[:, None, None] >= degree, power * x[None, :, :], power)
+        sums += power
+    tl.store(out_ptr + (split.to(tl.int64) * tl.num_programs(0) + y) * P * SAMPLES + p[:, None] * SAMPLES + s[None, :], tl.sum(sums, 2),
              mask=(p < P)[:, None])
 
 
@@ -185,6 +192,25 @@ def _block(block, last_block, pairs_ptr, leads_ptr, inverse_ptr, first_lead, PAI
 
 
 @triton.jit
+def _key_weights(k_base, factor_ptr, weight_ptr, weight_row, factor_row, leads_ptr, lead0, lead1, mean_ptr, first, t, n_keys, root, k_sn, k_sd,
+                 D: tl.constexpr, DEGREE: tl.constexpr, CENTER: tl.constexpr, HAS_FACTOR: tl.constexpr, HAS_WEIGHT: tl.constexpr):
+    """Weight times lead monomial of the keys from `first` on, for each of two blocks; zero for keys that are not there or hidden."""
+    ok = first + t < n_keys
+    w = ok.to(tl.float32)
+    if HAS_WEIGHT:
+        w = tl.load(weight_ptr + weight_row + first + t, mask=ok, other=0.0)
+    w0, w1 = w, w
+    if DEGREE > 2:
+        scaling = tl.zeros_like(w) + root
+        if HAS_FACTOR:
+            scaling = tl.load(factor_ptr + factor_row + first + t, mask=ok, other=0.0) * root
+        k = k_base + first * k_sn
+        w0 = w * _lead(k, t, ok, leads_ptr, lead0, k_sn, k_sd, mean_ptr, scaling, D, DEGREE, CENTER)
+        w1 = w * _lead(k, t, ok, leads_ptr, lead1, k_sn, k_sd, mean_ptr, scaling, D, DEGREE, CENTER)
+    return w0, w1
+
+
+@triton.jit
 def _accumulate_kernel(k_ptr, v_ptr, factor_ptr, weight_ptr, mean_ptr, norm_ptr, pairs_ptr, leads_ptr, inverse_ptr, s_ptr,
                        n_keys, per_split, root, ratio, states, first_state, first_block, last_block, first_lead,
                        k_sb, k_sh, k_sn, k_sd, v_sb, v_sh, v_sn, v_sd, weight_sb,
@@ -219,7 +245,12 @@ def _accumulate_kernel(k_ptr, v_ptr, factor_ptr, weight_ptr, mean_ptr, norm_ptr,
     ones = tl.where(z[None, :] == 0, 1.0, 0.0).to(DTYPE) + tl.zeros([BLOCK_N, 16], DTYPE)
     acc = tl.zeros([128, DV_PAD], tl.float32)
     z_acc = tl.zeros([128, 16], tl.float32)
-    for start in range(split * per_split, tl.minimum((split + 1) * per_split, n_keys), BLOCK_N):
+    begin, end = split * per_split, tl.minimum((split + 1) * per_split, n_keys)
+    tl.assume(begin < end)
+    # Weights are fetched a step ahead: single columns of k are no loads that the pipeliner takes.
+    w0, w1 = _key_weights(k_base, factor_ptr, weight_ptr, b * weight_sb, (b * HEADS_KV + head) * n_keys, leads_ptr, lead0, lead1, mean,
+                          tl.cast(begin, tl.int64), t, n_keys, root, k_sn, k_sd, D, DEGREE, CENTER, HAS_FACTOR, HAS_WEIGHT)
+    for start in range(begin, end, BLOCK_N):
         first = tl.cast(start, tl.int64)
         ok = start + t < n_keys
         k = k_base + first * k_sn
@@ -233,16 +264,9 @@ def _accumulate_kernel(k_ptr, v_ptr, factor_ptr, weight_ptr, mean_ptr, norm_ptr,
         if CENTER:
             x -= left_mean[None, :]
             y -= right_mean[None, :]
-        # One factor of each feature is zeroed for keys that are not there, hidden keys included.
-        w = ok.to(tl.float32)
-        if HAS_WEIGHT:
-            w = tl.load(weight_ptr + b * weight_sb + first + t, mask=ok, other=0.0)
-        if DEGREE > 2:
-            w0 = w * _lead(k, t, ok, leads_ptr, lead0, k_sn, k_sd, mean, scaling, D, DEGREE, CENTER)
-            w1 = w * _lead(k, t, ok, leads_ptr, lead1, k_sn, k_sd, mean, scaling, D, DEGREE, CENTER)
-            x *= tl.where((c < 8)[None, :], w0[:, None], w1[:, None])
-        else:
-            x *= w[:, None]
+        x *= tl.where((c < 8)[None, :], w0[:, None], w1[:, None])
+        w0, w1 = _key_weights(k_base, factor_ptr, weight_ptr, b * weight_sb, (b * HEADS_KV + head) * n_keys, leads_ptr, lead0, lead1, mean,
+                              tl.cast(start + BLOCK_N, tl.int64), t, n_keys, root, k_sn, k_sd, D, DEGREE, CENTER, HAS_FACTOR, HAS_WEIGHT)
         v = tl.load(v_base + first * v_sn + t[:, None] * v_sn + dv[None, :] * v_sd, mask=ok[:, None] & (dv < DV)[None, :], other=0.0)
         # [128, 16] @ [16, BLOCK_N], twice; then [128, BLOCK_N] @ [BLOCK_N, DV]
         psi = (tl.dot(spread_left, tl.trans(x.to(DTYPE)), input_precision=PRECISION)
@@ -314,6 +338,7 @@ def _evaluate_kernel(q_ptr, factor_ptr, s_ptr, linear_ptr, constant_ptr, z_linea
         # The pair is counted along, not read from the table: a load that another load waits for costs the pipeline a stage.
         a = tl.load(pairs_ptr + 3 * first_pair)
         right = tl.load(pairs_ptr + 3 * first_pair + 1)
+        tl.assume(first_pair < last_pair)
         for pair in range(first_pair, last_pair):
             x = (_coordinates(q, m, _columns(a, right), ok, q_sn, q_sd, D, EVEN) * scaling[:, None]).to(DTYPE)
             right += 1
@@ -338,9 +363,13 @@ def _evaluate_kernel(q_ptr, factor_ptr, s_ptr, linear_ptr, constant_ptr, z_linea
                  * scaling[:, None]).to(DTYPE)
             both = tl.dot(x, spread_left, input_precision=PRECISION) * tl.dot(x, spread_right, input_precision=PRECISION)
             both *= lead_scaling[:, None]
-            for block in range(tl.maximum(start, first_block), end):
-                lead = block - start - first_lead
-                psi = (both * _lead(q, m, ok, leads_ptr, lead, q_sn, q_sd, q_ptr, scaling, D, DEGREE, False)[:, None]).to(DTYPE)
+            begin = tl.maximum(start, first_block)
+            tl.assume(begin < end)
+            ahead = _lead(q, m, ok, leads_ptr, begin - start - first_lead, q_sn, q_sd, q_ptr, scaling, D, DEGREE, False)
+            for block in range(begin, end):
+                psi = (both * ahead[:, None]).to(DTYPE)
+                following = tl.minimum(block + 1, end - 1) - start - first_lead
+                ahead = _lead(q, m, ok, leads_ptr, following, q_sn, q_sd, q_ptr, scaling, D, DEGREE, False)
                 here = s + (block - first_block) * 64 * (DV_ROW + 16)
                 acc = tl.dot(psi, tl.load(here + dv[None, :], mask=dv_ok, other=0.0).to(DTYPE), acc, input_precision=PRECISION)
                 z_acc = tl.dot(psi, tl.load(here + DV_ROW + z[None, :]).to(DTYPE), z_acc, input_precision=PRECISION)

@@ -61,11 +61,11 @@ class _Moments:
         from taylor_patch.backends import taylor_kernels as kernels
 
         width, dim = columns[1] - columns[0], plan.dim
-        splits = plan.moment_splits(states)
+        share, splits = _shares(plan.n_keys, plan.moment_splits(states), MOMENT_KEYS)
         rows = min(64, _ceil_power_of_two(dim))
         sums = torch.empty(splits, states, dim + 1, width + 1, dtype=torch.float32, device=k.device)
         kernels._moments_kernel[(-(-dim // rows), states, splits)](
-            k, v, factor, weight, sums, plan.n_keys, _share(plan.n_keys, splits, MOMENT_KEYS), root, states, first_state,
+            k, v, factor, weight, sums, plan.n_keys, share, root, states, first_state,
             *k.stride(), *v.stride(), _weight_stride(weight), **_geometry(plan), DV=width, DV_PAD=_ceil_power_of_two(width),
             V_FIRST=columns[0], ROWS=rows, BLOCK_N=MOMENT_KEYS, HAS_FACTOR=factor is not None, HAS_WEIGHT=weight is not None,
             **_precision(dtype), num_warps=4, num_stages=2)
@@ -81,9 +81,10 @@ class _Moments:
         self.z_linear = self.mean * ratio  # used where keys are not centred
 
 
-def _share(n: int, splits: int, step: int) -> int:
-    """Keys of one split, a multiple of the kernel's step."""
-    return -(-n // (splits * step)) * step
+def _shares(n: int, splits: int, step: int) -> tuple[int, int]:
+    """(keys of a split, a multiple of the kernel's step; splits, none of them empty) for at most `splits`."""
+    share = -(-n // (splits * step)) * step
+    return share, -(-n // share)
 
 
 def _weight_stride(weight: Tensor | None) -> int:
@@ -110,14 +111,14 @@ def _accumulate(plan: Plan, chunk: Chunk, first_state: int, states: int, columns
     padded = _ceil_power_of_two(width)
     tile = tuned.choose(tuned.ACCUMULATE, _arch(k.device), padded, item_nbytes(dtype), block_k)
     couples = -(-chunk.blocks // 2)
-    splits = plan.splits(states * couples)
+    share, splits = _shares(plan.n_keys, plan.splits(states * couples), tile.rows)
     shape = (states, chunk.blocks * BLOCK, -(-width // 16) * 16 + 16)
     out = torch.empty(shape, dtype=store, device=k.device)
     target = out if splits == 1 else torch.empty(splits, *shape, dtype=torch.float32, device=k.device)
     pairs = pair_table(plan.dim, chunk.degree, k.device)
     kernels._accumulate_kernel[(couples, states, splits)](
         k, v, factor, weight, moments.mean, moments.norm, pairs, leads[0], leads[1], target,
-        plan.n_keys, _share(plan.n_keys, splits, tile.rows), root, ratio, states, first_state, chunk.first, chunk.last, leads[2],
+        plan.n_keys, share, root, ratio, states, first_state, chunk.first, chunk.last, leads[2],
         *k.stride(), *v.stride(), _weight_stride(weight), **_geometry(plan), DV=width, DV_ROW=shape[2] - 16, DV_PAD=padded,
         V_FIRST=columns[0], DEGREE=chunk.degree, PAIRS=len(pairs), PAIRS_PAD=_ceil_power_of_two(len(pairs)), BLOCK_N=tile.rows,
         EVEN=plan.dim % 8 == 0, CENTER=center, HAS_FACTOR=factor is not None, HAS_WEIGHT=weight is not None, PARTIAL=splits > 1,
@@ -218,7 +219,8 @@ def _partial_sums(plan: Plan, states: int, width: int, device: torch.device) -> 
 def summarise(stats: Tensor) -> Tensor:
     """[..., 4] of parts -> [4]: number of bad ones, least, greatest, sum."""
     flat = stats.flatten(0, -2)
-    return torch.stack([flat[:, 0].sum(), flat[:, 1].min(), flat[:, 2].max(), flat[:, 3].sum()])
+    totals = flat.sum(0)
+    return torch.stack([totals[0], flat.amin(0)[1], flat.amax(0)[2], totals[3]])
 
 
 @taylor_attention.register_fake
@@ -241,12 +243,12 @@ def taylor_probe(q, k, v, q_factor, k_factor, key_weight, scale, terms, hermite,
     root, _ = split_scale(scale)
     moments = _Moments(plan, 0, plan.states, (0, min(16, plan.dim)), k, v, k_factor, key_weight, root, 1.0, center, q.dtype)
     rows = plan.states * plan.group
-    splits = plan.splits(rows)
+    share, splits = _shares(plan.n_keys, plan.splits(rows), PROBE_KEYS)
     padded = _ceil_power_of_two(samples)
     sums = torch.empty(splits, rows, terms, padded, dtype=torch.float32, device=q.device)
     kernels._probe_kernel[(rows, splits)](
-        q, k, q_factor, k_factor, key_weight, moments.mean, sums, plan.n_queries, plan.n_keys, _share(plan.n_keys, splits, PROBE_KEYS),
-        samples, root, scale / root, *q.stride(), *k.stride(), _weight_stride(key_weight), **_geometry(plan), GROUP=plan.group,
+        q, k, q_factor, k_factor, key_weight, moments.mean, sums, plan.n_queries, plan.n_keys, share, samples,
+        root, scale / root, *q.stride(), *k.stride(), _weight_stride(key_weight), **_geometry(plan), GROUP=plan.group,
         D_PAD=_ceil_power_of_two(plan.dim), SAMPLES=padded, P=terms, P_PAD=1 << (terms - 1).bit_length(), BLOCK_N=PROBE_KEYS,
         HAS_Q_FACTOR=q_factor is not None, HAS_K_FACTOR=k_factor is not None, HAS_WEIGHT=key_weight is not None, CENTER=center,
         **_precision(q.dtype), num_warps=4, num_stages=2)

@@ -87,7 +87,8 @@ class Plan:
         return max(1, min(-(-PROGRAMS_WANTED // programs), self.n_keys // KEYS_A_SPLIT))
 
     def moment_splits(self, states: int) -> int:
-        return self.splits(states * -(-self.dim // 64))
+        """Shares of the keys in the sums of degrees 0 and 1, whose programs are small: twice as many are wanted."""
+        return self.splits(states * -(-self.dim // 128))
 
     def state_nbytes(self, chunk: Chunk, states: int) -> int:
         """S and Z of a chunk, and with several splits their float32 parts and total."""
