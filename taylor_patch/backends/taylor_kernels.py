@@ -102,6 +102,94 @@ def _moments_kernel(k_ptr, v_ptr, factor_ptr, weight_ptr, out_ptr, n_keys, per_s
 
 
 @triton.jit
+def _moments_finish_kernel(sums_ptr, norm_ptr, mean_ptr, constant_ptr, linear_ptr, z_linear_ptr, splits, ratio,
+                           D: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr, ROWS: tl.constexpr, CENTER: tl.constexpr):
+    """Shares of _moments_kernel added and divided by the sum of weights: norm [states] = 1 / sum w, mean [states, D] of x,
+    constant [states, DV] = mean of v, linear [states, D, DV] = ratio * mean of x v' (x centred with CENTER), z_linear = ratio * mean."""
+    rows_id, state = tl.program_id(0), tl.program_id(1)
+    r = rows_id * ROWS + tl.arange(0, ROWS)
+    c = tl.arange(0, DV_PAD)
+    linear = tl.zeros([ROWS, DV_PAD], tl.float32)
+    mean = tl.zeros([ROWS], tl.float32)
+    constant = tl.zeros([DV_PAD], tl.float32)
+    mass = tl.sum(mean, 0)
+    for split in range(splits):
+        part = sums_ptr + (tl.cast(split, tl.int64) * tl.num_programs(1) + state) * (D + 1) * (DV + 1)
+        linear += tl.load(part + r[:, None] * (DV + 1) + c[None, :], mask=(r < D)[:, None] & (c < DV)[None, :], other=0.0)
+        mean += tl.load(part + r * (DV + 1) + DV, mask=r < D, other=0.0)
+        constant += tl.load(part + D * (DV + 1) + c, mask=c < DV, other=0.0)
+        mass += tl.load(part + D * (DV + 1) + DV)
+    norm = 1.0 / mass
+    linear, mean, constant = linear * norm, mean * norm, constant * norm
+    if CENTER:
+        linear -= mean[:, None] * constant[None, :]
+    tl.store(linear_ptr + state * D * DV + r[:, None] * DV + c[None, :], (linear * ratio).to(linear_ptr.dtype.element_ty),
+             mask=(r < D)[:, None] & (c < DV)[None, :])
+    tl.store(mean_ptr + state * D + r, mean, mask=r < D)
+    tl.store(z_linear_ptr + state * D + r, mean * ratio, mask=r < D)
+    if rows_id == 0:
+        tl.store(constant_ptr + state * DV + c, constant, mask=c < DV)
+        tl.store(norm_ptr + state, norm)
+
+
+@triton.jit
+def _store_stats(stats, denominator, ok, eps):
+    """How many of the denominators are not above eps, the least, the greatest, the sum."""
+    tl.store(stats, tl.sum((ok & ~(denominator > eps)).to(tl.float32), 0))
+    tl.store(stats + 1, tl.min(tl.where(ok, denominator, float("inf")), 0))
+    tl.store(stats + 2, tl.max(tl.where(ok, denominator, float("-inf")), 0))
+    tl.store(stats + 3, tl.sum(tl.where(ok, denominator, 0.0), 0))
+
+
+@triton.jit
+def _stats_kernel(stats_ptr, out_ptr, n, BLOCK: tl.constexpr):
+    """stats [n, 4] of parts -> out [4], in one program."""
+    i = tl.arange(0, BLOCK)
+    bad, total = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    least, greatest = tl.full([BLOCK], float("inf"), tl.float32), tl.full([BLOCK], float("-inf"), tl.float32)
+    for start in range(0, n, BLOCK):
+        ok = start + i < n
+        row = stats_ptr + (start + i) * 4
+        bad += tl.load(row, mask=ok, other=0.0)
+        least = tl.minimum(least, tl.load(row + 1, mask=ok, other=float("inf")))
+        greatest = tl.maximum(greatest, tl.load(row + 2, mask=ok, other=float("-inf")))
+        total += tl.load(row + 3, mask=ok, other=0.0)
+    tl.store(out_ptr, tl.sum(bad, 0))
+    tl.store(out_ptr + 1, tl.min(least, 0))
+    tl.store(out_ptr + 2, tl.max(greatest, 0))
+    tl.store(out_ptr + 3, tl.sum(total, 0))
+
+
+@triton.jit
+def _probe_finish_kernel(sums_ptr, stats_ptr, splits, samples, eps, SAMPLES: tl.constexpr, P: tl.constexpr, HERMITE: tl.constexpr):
+    """Denominators sum_p c_p mean(x^p) / p! from the power sums of _probe_kernel -> stats [rows, 4]."""
+    row = tl.program_id(0)
+    s = tl.arange(0, SAMPLES)
+    mass = _power_sum(sums_ptr, row, 0, splits, s, SAMPLES, P)
+    variance = mass
+    if HERMITE:
+        variance = _power_sum(sums_ptr, row, 2, splits, s, SAMPLES, P) / mass
+    denominator = tl.zeros([SAMPLES], tl.float32)
+    inverse_factorial = 1.0
+    for p in tl.static_range(P):
+        if p > 1:
+            inverse_factorial = inverse_factorial / p
+        term = _power_sum(sums_ptr, row, p, splits, s, SAMPLES, P) / mass * inverse_factorial
+        if HERMITE:
+            term *= _coefficient(variance, p, P)
+        denominator += term
+    _store_stats(stats_ptr + row * 4, denominator, s < samples, eps)
+
+
+@triton.jit
+def _power_sum(sums_ptr, row, POWER: tl.constexpr, splits, s, SAMPLES: tl.constexpr, P: tl.constexpr):
+    total = tl.zeros([SAMPLES], tl.float32)
+    for split in range(splits):
+        total += tl.load(sums_ptr + ((split * tl.num_programs(0) + row) * P + POWER) * SAMPLES + s)
+    return total
+
+
+@triton.jit
 def _probe_kernel(q_ptr, k_ptr, q_factor_ptr, k_factor_ptr, weight_ptr, mean_ptr, out_ptr, n_queries, n_keys, per_split, samples,
                   root, scale, q_sb, q_sh, q_sn, q_sd, k_sb, k_sh, k_sn, k_sd, weight_sb,
                   HEADS_KV: tl.constexpr, GROUP: tl.constexpr, SUB: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
@@ -405,10 +493,7 @@ def _evaluate_kernel(q_ptr, factor_ptr, s_ptr, linear_ptr, constant_ptr, z_linea
         tl.store(out + m[:, None] * o_sn + dv[None, :] * o_sd, (acc / total[:, None]).to(out_ptr.dtype.element_ty),
                  mask=ok[:, None] & (dv < DV)[None, :])
         stats = stats_ptr + ((first_state * GROUP + local).to(tl.int64) * tl.num_programs(0) + tile) * 4
-        tl.store(stats, tl.sum((ok & ~(total > eps)).to(tl.float32), 0))
-        tl.store(stats + 1, tl.min(tl.where(ok, total, float("inf")), 0))
-        tl.store(stats + 2, tl.max(tl.where(ok, total, float("-inf")), 0))
-        tl.store(stats + 3, tl.sum(tl.where(ok, total, 0.0), 0))
+        _store_stats(stats, total, ok, eps)
     else:
         tl.store(numerator_ptr + partial * DV + m[:, None] * DV + dv[None, :], acc, mask=value_ok)
         tl.store(denominator_ptr + partial + m, total, mask=ok)

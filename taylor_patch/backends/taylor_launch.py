@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from taylor_patch.backends import taylor_tuned as tuned
-from taylor_patch.backends.taylor import denominators_of
 from taylor_patch.backends.taylor_plan import Chunk, Plan, item_nbytes
 from taylor_patch.features import symmetric
 from taylor_patch.features.tiles import BLOCK, layout, pair_table
@@ -54,7 +53,11 @@ def _geometry(plan: Plan) -> dict[str, int]:
 
 
 class _Moments:
-    """Sums of degrees 0 and 1 of a group of states, divided by the sum of weights, in float32; root * k in place of k."""
+    """Sums of degrees 0 and 1 of a group of states, divided by the sum of weights; root * k in place of k.
+
+    norm [states] = 1 / sum of weights; mean [states, dim] of the keys; constant [states, width]; linear [states, dim, width] in the
+    features' dtype; z_linear [states, dim] for keys that are not centred. All but linear float32.
+    """
 
     def __init__(self, plan: Plan, first_state: int, states: int, columns: tuple[int, int], k: Tensor, v: Tensor,
                  factor: Tensor | None, weight: Tensor | None, root: float, ratio: float, center: bool, dtype: torch.dtype) -> None:
@@ -69,16 +72,14 @@ class _Moments:
             *k.stride(), *v.stride(), _weight_stride(weight), **_geometry(plan), DV=width, DV_PAD=_ceil_power_of_two(width),
             V_FIRST=columns[0], ROWS=rows, BLOCK_N=MOMENT_KEYS, HAS_FACTOR=factor is not None, HAS_WEIGHT=weight is not None,
             **_precision(dtype), num_warps=4, num_stages=2)
-        total = sums[0] if splits == 1 else sums.sum(0)
-        self.norm = 1 / total[:, dim, width]  # [states]
-        total *= self.norm[:, None, None]
-        self.mean = total[:, :dim, width].contiguous()  # [states, dim]
-        self.constant = total[:, dim, :width].contiguous()  # [states, width]
-        self.linear = total[:, :dim, :width]  # [states, dim, width]
-        if center:
-            self.linear = torch.baddbmm(self.linear, self.mean[:, :, None], self.constant[:, None], alpha=-1)
-        self.linear = (self.linear * ratio).to(dtype).contiguous()
-        self.z_linear = self.mean * ratio  # used where keys are not centred
+        def empty(*shape: int, kind: torch.dtype = torch.float32) -> Tensor:
+            return torch.empty(states, *shape, dtype=kind, device=k.device)
+
+        self.norm, self.mean, self.constant, self.z_linear = empty(), empty(dim), empty(width), empty(dim)
+        self.linear = empty(dim, width, kind=dtype)
+        kernels._moments_finish_kernel[(-(-dim // rows), states)](
+            sums, self.norm, self.mean, self.constant, self.linear, self.z_linear, splits, ratio, D=dim, DV=width,
+            DV_PAD=_ceil_power_of_two(width), ROWS=rows, CENTER=center, num_warps=4)
 
 
 def _shares(n: int, splits: int, step: int) -> tuple[int, int]:
@@ -204,7 +205,7 @@ def taylor_attention(q, k, v, q_factor, k_factor, key_weight, scale, terms, herm
                 _evaluate(plan, chunk, number, first_state, states, columns, moments, s, q, q_factor, partial, out, stats, root, center,
                           eps, dtype, tile, leads)
                 del s
-    return out, summarise(stats)
+    return out, _summarise(stats)
 
 
 def _partial_sums(plan: Plan, states: int, width: int, device: torch.device) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -216,11 +217,13 @@ def _partial_sums(plan: Plan, states: int, width: int, device: torch.device) -> 
             torch.empty(rows, dtype=torch.float32, device=device) if plan.hermite else None)
 
 
-def summarise(stats: Tensor) -> Tensor:
+def _summarise(stats: Tensor) -> Tensor:
     """[..., 4] of parts -> [4]: number of bad ones, least, greatest, sum."""
-    flat = stats.flatten(0, -2)
-    totals = flat.sum(0)
-    return torch.stack([totals[0], flat.amin(0)[1], flat.amax(0)[2], totals[3]])
+    from taylor_patch.backends import taylor_kernels as kernels
+
+    out = torch.empty(4, dtype=torch.float32, device=stats.device)
+    kernels._stats_kernel[(1,)](stats, out, stats.numel() // 4, BLOCK=1024, num_warps=8)
+    return out
 
 
 @taylor_attention.register_fake
@@ -252,8 +255,9 @@ def taylor_probe(q, k, v, q_factor, k_factor, key_weight, scale, terms, hermite,
         D_PAD=_ceil_power_of_two(plan.dim), SAMPLES=padded, P=terms, P_PAD=1 << (terms - 1).bit_length(), BLOCK_N=PROBE_KEYS,
         HAS_Q_FACTOR=q_factor is not None, HAS_K_FACTOR=k_factor is not None, HAS_WEIGHT=key_weight is not None, CENTER=center,
         **_precision(q.dtype), num_warps=4, num_stages=2)
-    denominators = denominators_of(sums.sum(0)[..., :samples].transpose(1, 2), hermite)
-    return summarise(torch.stack([(~(denominators > eps)).float(), denominators, denominators, denominators], -1))
+    stats = torch.empty(rows, 4, dtype=torch.float32, device=q.device)
+    kernels._probe_finish_kernel[(rows,)](sums, stats, splits, samples, eps, SAMPLES=padded, P=terms, HERMITE=plan.hermite, num_warps=1)
+    return _summarise(stats)
 
 
 @taylor_probe.register_fake
