@@ -319,17 +319,18 @@ def _accumulate_kernel(k_ptr, v_ptr, factor_ptr, weight_ptr, mean_ptr, norm_ptr,
     block = first_block + 2 * tl.program_id(0)
     a0, b0, lead0, weight0 = _block(block, last_block - 1, pairs_ptr, leads_ptr, inverse_ptr, first_lead, PAIRS, PAIRS_PAD, DEGREE)
     a1, b1, lead1, weight1 = _block(block + 1, last_block - 1, pairs_ptr, leads_ptr, inverse_ptr, first_lead, PAIRS, PAIRS_PAD, DEGREE)
-    left, right = _columns(a0, a1), _columns(b0, b1)
+    # 32 coordinates: the tiles a of both blocks, then the tiles b
+    c = tl.arange(0, 32)
+    tile = tl.where(c < 16, tl.where(c < 8, a0, a1), tl.where(c < 24, b0, b1))
+    columns = tl.max_contiguous(tl.multiple_of(tile * 8 + c % 8, 8), 8)
     mean = mean_ptr + local * D
-    left_mean = tl.load(mean + left, mask=left < D, other=0.0)
-    right_mean = tl.load(mean + right, mask=right < D, other=0.0)
+    column_mean = tl.load(mean + columns, mask=columns < D, other=0.0)
     f = tl.arange(0, 128)
-    c = tl.arange(0, 16)
     z = tl.arange(0, 16)
     t = tl.arange(0, BLOCK_N)
     dv = tl.arange(0, DV_PAD)
-    spread_left = (c[None, :] == f[:, None] // 8).to(DTYPE)
-    spread_right = (c[None, :] == (f[:, None] // 64) * 8 + f[:, None] % 8).to(DTYPE)
+    r = tl.arange(0, 256)
+    spread = (c[None, :] == tl.where(r < 128, r // 8, 16 + ((r % 128) // 64) * 8 + r % 8)[:, None]).to(DTYPE)
     ones = tl.where(z[None, :] == 0, 1.0, 0.0).to(DTYPE) + tl.zeros([BLOCK_N, 16], DTYPE)
     acc = tl.zeros([128, DV_PAD], tl.float32)
     z_acc = tl.zeros([128, 16], tl.float32)
@@ -342,23 +343,21 @@ def _accumulate_kernel(k_ptr, v_ptr, factor_ptr, weight_ptr, mean_ptr, norm_ptr,
         first = tl.cast(start, tl.int64)
         ok = start + t < n_keys
         k = k_base + first * k_sn
-        x = _coordinates(k, t, left, ok, k_sn, k_sd, D, EVEN)
-        y = _coordinates(k, t, right, ok, k_sn, k_sd, D, EVEN)
+        x = _coordinates(k, t, columns, ok, k_sn, k_sd, D, EVEN)
         scaling = tl.zeros([BLOCK_N], tl.float32) + root
         if HAS_FACTOR:
             scaling = tl.load(factor_ptr + (b * HEADS_KV + head) * n_keys + first + t, mask=ok, other=0.0) * root
         x *= scaling[:, None]
-        y *= scaling[:, None]
         if CENTER:
-            x -= left_mean[None, :]
-            y -= right_mean[None, :]
-        x *= tl.where((c < 8)[None, :], w0[:, None], w1[:, None])
+            x -= column_mean[None, :]
+        x *= tl.where((c < 16)[None, :], tl.where((c < 8)[None, :], w0[:, None], w1[:, None]), 1.0)
         w0, w1 = _key_weights(k_base, factor_ptr, weight_ptr, b * weight_sb, (b * HEADS_KV + head) * n_keys, leads_ptr, lead0, lead1, mean,
                               tl.cast(start + BLOCK_N, tl.int64), t, n_keys, root, k_sn, k_sd, D, DEGREE, CENTER, HAS_FACTOR, HAS_WEIGHT)
         v = tl.load(v_base + first * v_sn + t[:, None] * v_sn + dv[None, :] * v_sd, mask=ok[:, None] & (dv < DV)[None, :], other=0.0)
-        # [128, 16] @ [16, BLOCK_N], twice; then [128, BLOCK_N] @ [BLOCK_N, DV]
-        psi = (tl.dot(spread_left, tl.trans(x.to(DTYPE)), input_precision=PRECISION)
-               * tl.dot(spread_right, tl.trans(y.to(DTYPE)), input_precision=PRECISION)).to(DTYPE)
+        # [256, 32] @ [32, BLOCK_N], then [128, BLOCK_N] @ [BLOCK_N, DV]
+        both = tl.dot(spread, tl.trans(x.to(DTYPE)), input_precision=PRECISION)
+        left, right = tl.split(tl.permute(tl.reshape(both, [2, 128, BLOCK_N]), (1, 2, 0)))
+        psi = (left * right).to(DTYPE)
         acc = tl.dot(psi, v.to(DTYPE), acc, input_precision=PRECISION)
         z_acc = tl.dot(psi, ones, z_acc, input_precision=PRECISION)
     power = tl.load(norm_ptr + local)
@@ -380,6 +379,14 @@ def _accumulate_kernel(k_ptr, v_ptr, factor_ptr, weight_ptr, mean_ptr, norm_ptr,
 
 
 @triton.jit
+def _outer(x, spread, PRECISION: tl.constexpr):
+    """Outer product of the two halves of x [rows, 16], row by row: [rows, 64] float32. spread: [16, 128] zeros and ones."""
+    both = tl.dot(x, spread, input_precision=PRECISION)
+    left, right = tl.split(tl.permute(tl.reshape(both, [x.shape[0], 2, 64]), (0, 2, 1)))
+    return left * right
+
+
+@triton.jit
 def _evaluate_kernel(q_ptr, factor_ptr, s_ptr, linear_ptr, constant_ptr, z_linear_ptr, pairs_ptr, leads_ptr,
                      numerator_ptr, denominator_ptr, variance_ptr, out_ptr, stats_ptr,
                      n_queries, root, eps, first_state, first_block, last_block, first_pair, last_pair, first_lead,
@@ -387,7 +394,7 @@ def _evaluate_kernel(q_ptr, factor_ptr, s_ptr, linear_ptr, constant_ptr, z_linea
                      HEADS_KV: tl.constexpr, GROUP: tl.constexpr, SUB: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
                      DV_ROW: tl.constexpr, DV_PAD: tl.constexpr, V_FIRST: tl.constexpr,
                      P: tl.constexpr, DEGREE: tl.constexpr, BLOCK_M: tl.constexpr, LINEAR_STEP: tl.constexpr, EVEN: tl.constexpr,
-                     HERMITE: tl.constexpr, CENTER: tl.constexpr, HAS_FACTOR: tl.constexpr, FIRST: tl.constexpr,
+                     HERMITE: tl.constexpr, CENTER: tl.constexpr, HAS_FACTOR: tl.constexpr, SCALED: tl.constexpr, FIRST: tl.constexpr,
                      FOLD: tl.constexpr, LAST: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
     """What the blocks first_block <= i < last_block of one degree add to BLOCK_M queries.
 
@@ -404,7 +411,9 @@ def _evaluate_kernel(q_ptr, factor_ptr, s_ptr, linear_ptr, constant_ptr, z_linea
     row0 = tile.to(tl.int64) * BLOCK_M
     ok = row0 + m < n_queries
     q = q_ptr + b * q_sb + q_head * q_sh + row0 * q_sn + sub * D * q_sd
-    scaling = tl.zeros([BLOCK_M], tl.float32) + root
+    scaling = tl.full([BLOCK_M], 1.0, tl.float32)
+    if SCALED:
+        scaling *= root
     if HAS_FACTOR:
         scaling *= tl.load(factor_ptr + (b * HEADS_KV * GROUP + q_head) * n_queries + row0 + m, mask=ok, other=0.0)
     c = tl.arange(0, 16)
@@ -418,8 +427,8 @@ def _evaluate_kernel(q_ptr, factor_ptr, s_ptr, linear_ptr, constant_ptr, z_linea
     if not FIRST:
         acc += tl.load(numerator_ptr + partial * DV + m[:, None] * DV + dv[None, :], mask=value_ok, other=0.0)
     if DEGREE >= 2:
-        spread_left = (c[:, None] == f[None, :] // 8).to(DTYPE)
-        spread_right = (c[:, None] == 8 + f[None, :] % 8).to(DTYPE)
+        g = tl.arange(0, 128)
+        spread = (c[:, None] == tl.where(g < 64, g // 8, 8 + g % 8)[None, :]).to(DTYPE)
         s = s_ptr + state * (last_block - first_block) * 64 * (DV_ROW + 16) + f[:, None] * (DV_ROW + 16)
         dv_ok = (dv < DV)[None, :]
     if DEGREE == 2:
@@ -428,13 +437,15 @@ def _evaluate_kernel(q_ptr, factor_ptr, s_ptr, linear_ptr, constant_ptr, z_linea
         right = tl.load(pairs_ptr + 3 * first_pair + 1)
         tl.assume(first_pair < last_pair)
         for pair in range(first_pair, last_pair):
-            x = (_coordinates(q, m, _columns(a, right), ok, q_sn, q_sd, D, EVEN) * scaling[:, None]).to(DTYPE)
+            x = _coordinates(q, m, _columns(a, right), ok, q_sn, q_sd, D, EVEN)
+            if SCALED:
+                x *= scaling[:, None]
             right += 1
             row_done = right == (D + 7) // 8
             a = tl.where(row_done, a + 1, a)
             right = tl.where(row_done, a, right)
-            # [BLOCK_M, 16] @ [16, 64], twice; then [BLOCK_M, 64] @ [64, DV]
-            psi = (tl.dot(x, spread_left, input_precision=PRECISION) * tl.dot(x, spread_right, input_precision=PRECISION)).to(DTYPE)
+            # [BLOCK_M, 16] @ [16, 128], then [BLOCK_M, 64] @ [64, DV]
+            psi = _outer(x.to(DTYPE), spread, PRECISION).to(DTYPE)
             here = s + (pair - first_block) * 64 * (DV_ROW + 16)
             acc = tl.dot(psi, tl.load(here + dv[None, :], mask=dv_ok, other=0.0).to(DTYPE), acc, input_precision=PRECISION)
             z_acc = tl.dot(psi, tl.load(here + DV_ROW + z[None, :]).to(DTYPE), z_acc, input_precision=PRECISION)
@@ -447,10 +458,10 @@ def _evaluate_kernel(q_ptr, factor_ptr, s_ptr, linear_ptr, constant_ptr, z_linea
             end = last_block
             if pair + 1 < last_pair:
                 end = tl.load(pairs_ptr + 3 * pair + 5)
-            x = (_coordinates(q, m, _columns(tl.load(pairs_ptr + 3 * pair), tl.load(pairs_ptr + 3 * pair + 1)), ok, q_sn, q_sd, D, EVEN)
-                 * scaling[:, None]).to(DTYPE)
-            both = tl.dot(x, spread_left, input_precision=PRECISION) * tl.dot(x, spread_right, input_precision=PRECISION)
-            both *= lead_scaling[:, None]
+            x = _coordinates(q, m, _columns(tl.load(pairs_ptr + 3 * pair), tl.load(pairs_ptr + 3 * pair + 1)), ok, q_sn, q_sd, D, EVEN)
+            if SCALED:
+                x *= scaling[:, None]
+            both = _outer(x.to(DTYPE), spread, PRECISION) * lead_scaling[:, None]
             begin = tl.maximum(start, first_block)
             tl.assume(begin < end)
             ahead = _lead(q, m, ok, leads_ptr, begin - start - first_lead, q_sn, q_sd, q_ptr, scaling, D, DEGREE, False)

@@ -22,12 +22,14 @@ def _ceil_power_of_two(n: int) -> int:
     return max(16, 1 << (n - 1).bit_length())
 
 
-def split_scale(scale: float) -> tuple[float, float]:
-    """(root, ratio) with scale = root^2 ratio and root a power of two, so that coordinates times root are not rounded."""
+def split_scale(scale: float, queries: bool) -> tuple[float, float]:
+    """(root, ratio): keys are multiplied by root, a power of two near sqrt(scale) that does not round them; queries too where
+    `queries` is set. Weights of degree p get the rest, ratio^p. float16 needs both, for its range; elsewhere queries stay as they are.
+    """
     if scale == 0:
         return 1.0, 0.0
     root = 2.0 ** round(math.log2(abs(scale)) / 2)
-    return root, scale / root**2
+    return root, scale / root**2 if queries else scale / root
 
 
 def _compute_dtype(dtype: torch.dtype, force_fp32: bool) -> torch.dtype:
@@ -152,8 +154,8 @@ def _evaluate(plan: Plan, chunk: Chunk, number: int, first_state: int, states: i
         *q.stride(), *out.stride(), **_geometry(plan), GROUP=plan.group, DV=width, DV_ROW=-(-width // 16) * 16,
         DV_PAD=_ceil_power_of_two(width), V_FIRST=columns[0], P=plan.terms, DEGREE=chunk.degree, BLOCK_M=tile.rows,
         LINEAR_STEP=min(64, _ceil_power_of_two(plan.dim)), EVEN=plan.dim % 8 == 0, HERMITE=plan.hermite, CENTER=center,
-        HAS_FACTOR=factor is not None, FIRST=number == 0, FOLD=chunk.degree <= 2 and (last or chunks[number + 1].degree > 2),
-        LAST=last, **_precision(dtype), num_warps=tile.warps, num_stages=tile.stages)
+        HAS_FACTOR=factor is not None, SCALED=dtype == torch.float16 or factor is not None, FIRST=number == 0,
+        FOLD=chunk.degree <= 2 and (last or chunks[number + 1].degree > 2), LAST=last, **_precision(dtype), num_warps=tile.warps, num_stages=tile.stages)
 
 
 def make_plan(q_shape: torch.Size, k_shape: torch.Size, dtype: torch.dtype, terms: int, hermite: bool, sub_head_blocks: int,
@@ -185,8 +187,9 @@ def taylor_attention(q, k, v, q_factor, k_factor, key_weight, scale, terms, herm
     """
     plan = make_plan(q.shape, k.shape, q.dtype, terms, hermite, sub_head_blocks, feature_chunk, value_chunk, s_store_bf16, force_fp32,
                      workspace_limit)
-    root, ratio = split_scale(scale)
     dtype = _compute_dtype(q.dtype, force_fp32)
+    scaled = dtype == torch.float16 or q_factor is not None
+    root, ratio = split_scale(scale, scaled)
     store = torch.bfloat16 if s_store_bf16 else dtype
     out = _output(q)
     tile = tuned.choose(tuned.EVALUATE, _arch(q.device), _ceil_power_of_two(plan.width), item_nbytes(dtype), block_q)
@@ -243,7 +246,7 @@ def taylor_probe(q, k, v, q_factor, k_factor, key_weight, scale, terms, hermite,
 
     plan = make_plan(q.shape, k.shape, q.dtype, terms, hermite, sub_head_blocks, 0, 0, False, False, 0)
     samples = min(samples, plan.n_queries)
-    root, _ = split_scale(scale)
+    root, _ = split_scale(scale, False)
     moments = _Moments(plan, 0, plan.states, (0, min(16, plan.dim)), k, v, k_factor, key_weight, root, 1.0, center, q.dtype)
     rows = plan.states * plan.group
     share, splits = _shares(plan.n_keys, plan.splits(rows), PROBE_KEYS)
