@@ -197,8 +197,8 @@ def main() -> int:
                 continue
             with arguments.out.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
-            print(f"{row['provider']:13s} h {row['h']} n {row['n']:6d} d {row['d']:3d} {json.dumps(row['options']):45s} {row['median_ms']:9.3f} ms "
-                  f"{row['peak_mib']:7.1f} MiB  error {row['rel_l2_median']:.2e}", flush=True)
+            print(f"{row['provider']:13s} h {row['h']} n {row['n']:6d} d {row['d']:3d} {json.dumps(row['options']):45s}"
+                  f"{row['median_ms']:9.3f} ms {row['peak_mib']:7.1f} MiB  error {row['rel_l2_median']:.2e}", flush=True)
     return int(failed)
 
 

@@ -14,7 +14,7 @@ if not ON_GPU:
 pytest.importorskip("triton", reason="Triton is not installed")
 
 # ruff: noqa: E402
-from taylor_patch.backends import taylor_launch
+from taylor_patch.backends import taylor_launch, taylor_plan, taylor_tuned
 from taylor_patch.backends.base import Fallback
 from taylor_patch.backends.taylor import TaylorOptions
 from taylor_patch.backends.taylor_torch import TaylorTorch
@@ -61,13 +61,17 @@ def check(kind, call, **options):
 
 @pytest.mark.parametrize("kind", [TritonFull, TritonFused], ids=["full", "fused"])
 @pytest.mark.parametrize("coefficients", ["taylor", "hermite"])
-@pytest.mark.parametrize("terms", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("terms", [1, 2, 3, 4])
 def test_terms(kind, terms, coefficients):
-    check(kind, make(), P=terms, coefficients=coefficients, fused_feature_chunk_size=512)
+    check(kind, make(heads=1, n=30, m=30), P=terms, coefficients=coefficients, fused_feature_chunk_size=2048)
+
+
+def test_five_terms():
+    check(TritonFused, make(n=20, m=20, d=12, heads=1), P=5, coefficients="hermite", fused_feature_chunk_size=2048)
 
 
 def test_six_terms():
-    check(TritonFused, make(n=20, m=20, heads=1), P=6, fused_feature_chunk_size=65536)
+    check(TritonFused, make(n=3, m=5, d=8, heads=1), P=6, fused_feature_chunk_size=8192)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
@@ -92,7 +96,7 @@ def test_lengths(n, m):
 
 @pytest.mark.parametrize("kind", [TritonFull, TritonFused], ids=["full", "fused"])
 def test_grouped_queries_batch_and_sub_heads(kind):
-    check(kind, make(n=19, m=23, batch=2, heads=4, heads_kv=2, d=32), P=4, sub_head_blocks=4, fused_feature_chunk_size=128)
+    check(kind, make(n=19, m=23, batch=2, heads=2, heads_kv=1, d=32), P=4, sub_head_blocks=2, fused_feature_chunk_size=512)
 
 
 @pytest.mark.parametrize("form", ["bool", "additive", "per batch"])
@@ -149,12 +153,16 @@ def test_value_chunks_and_float32_features():
 
 
 def test_split_over_the_sequence(monkeypatch):
-    from taylor_patch.backends import taylor_plan
-
     monkeypatch.setattr(taylor_plan, "KEYS_A_SPLIT", 16)
-    call = make(m=150, heads=1)
+    call = make(n=20, m=70, heads=1)
     out = check(TritonFull, call, P=4)
     assert torch.equal(out, check(TritonFull, call, P=4))
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_blocks_a_program(monkeypatch, blocks):
+    monkeypatch.setattr(taylor_tuned, "choose", lambda *_: taylor_tuned.Tile(32, 4, 2, blocks))
+    check(TritonFused, make(d=24, heads=1), P=4, fused_feature_chunk_size=64 * 7)
 
 
 def test_heads_in_chunks(monkeypatch):

@@ -304,10 +304,10 @@ def _accumulate_kernel(k_ptr, v_ptr, factor_ptr, weight_ptr, mean_ptr, norm_ptr,
                        k_sb, k_sh, k_sn, k_sd, v_sb, v_sh, v_sn, v_sd, weight_sb,
                        HEADS_KV: tl.constexpr, SUB: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DV_ROW: tl.constexpr, DV_PAD: tl.constexpr,
                        V_FIRST: tl.constexpr, DEGREE: tl.constexpr, PAIRS: tl.constexpr,
-                       PAIRS_PAD: tl.constexpr, BLOCK_N: tl.constexpr, EVEN: tl.constexpr, CENTER: tl.constexpr,
+                       PAIRS_PAD: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_N: tl.constexpr, EVEN: tl.constexpr, CENTER: tl.constexpr,
                        HAS_FACTOR: tl.constexpr, HAS_WEIGHT: tl.constexpr, PARTIAL: tl.constexpr, SPLIT_Z: tl.constexpr,
                        DTYPE: tl.constexpr, PRECISION: tl.constexpr):
-    """Two blocks of features [128, BLOCK_N] against the values, over one share of the keys.
+    """BLOCKS (1 or 2) blocks of features [64 * BLOCKS, BLOCK_N] against the values, over one share of the keys.
 
     s [splits, states, 64 * blocks, DV_ROW + 16]: with PARTIAL float32 sums, Z in the first of the 16 columns; otherwise the
     finished S and Z in s's dtype. Keys enter as root * factor * k - mean. Every sum is in float32, in a fixed order.
@@ -316,23 +316,29 @@ def _accumulate_kernel(k_ptr, v_ptr, factor_ptr, weight_ptr, mean_ptr, norm_ptr,
     b, head, sub = _state_index(first_state + local, HEADS_KV, SUB)
     k_base = k_ptr + b * k_sb + head * k_sh + sub * D * k_sd
     v_base = v_ptr + b * v_sb + head * v_sh + (sub * D + V_FIRST) * v_sd
-    block = first_block + 2 * tl.program_id(0)
+    block = first_block + BLOCKS * tl.program_id(0)
     a0, b0, lead0, weight0 = _block(block, last_block - 1, pairs_ptr, leads_ptr, inverse_ptr, first_lead, PAIRS, PAIRS_PAD, DEGREE)
     a1, b1, lead1, weight1 = _block(block + 1, last_block - 1, pairs_ptr, leads_ptr, inverse_ptr, first_lead, PAIRS, PAIRS_PAD, DEGREE)
-    left, right = _columns(a0, a1), _columns(b0, b1)
-    mean = mean_ptr + local * D
-    left_mean = tl.load(mean + left, mask=left < D, other=0.0)
-    right_mean = tl.load(mean + right, mask=right < D, other=0.0)
-    f = tl.arange(0, 128)
+    # 16 coordinates a tile of x. Two blocks: their tiles a in x, their tiles b in y. One block: tiles a and b in x.
     c = tl.arange(0, 16)
+    f = tl.arange(0, 64 * BLOCKS)
     z = tl.arange(0, 16)
     t = tl.arange(0, BLOCK_N)
     dv = tl.arange(0, DV_PAD)
-    spread_left = (c[None, :] == f[:, None] // 8).to(DTYPE)
-    spread_right = (c[None, :] == (f[:, None] // 64) * 8 + f[:, None] % 8).to(DTYPE)
+    mean = mean_ptr + local * D
+    if BLOCKS == 2:
+        columns, right = _columns(a0, a1), _columns(b0, b1)
+        right_mean = tl.load(mean + right, mask=right < D, other=0.0)
+        spread = (c[None, :] == f[:, None] // 8).to(DTYPE)
+        spread_right = (c[None, :] == (f[:, None] // 64) * 8 + f[:, None] % 8).to(DTYPE)
+    else:
+        r = tl.arange(0, 128)
+        columns = _columns(a0, b0)
+        spread = (c[None, :] == tl.where(r < 64, r // 8, 8 + r % 8)[:, None]).to(DTYPE)
+    column_mean = tl.load(mean + columns, mask=columns < D, other=0.0)
     ones = tl.where(z[None, :] == 0, 1.0, 0.0).to(DTYPE) + tl.zeros([BLOCK_N, 16], DTYPE)
-    acc = tl.zeros([128, DV_PAD], tl.float32)
-    z_acc = tl.zeros([128, 16], tl.float32)
+    acc = tl.zeros([64 * BLOCKS, DV_PAD], tl.float32)
+    z_acc = tl.zeros([64 * BLOCKS, 16], tl.float32)
     begin, end = split * per_split, tl.minimum((split + 1) * per_split, n_keys)
     tl.assume(begin < end)
     # Weights are fetched a step ahead: single columns of k are no loads that the pipeliner takes.
@@ -342,23 +348,30 @@ def _accumulate_kernel(k_ptr, v_ptr, factor_ptr, weight_ptr, mean_ptr, norm_ptr,
         first = tl.cast(start, tl.int64)
         ok = start + t < n_keys
         k = k_base + first * k_sn
-        x = _coordinates(k, t, left, ok, k_sn, k_sd, D, EVEN)
-        y = _coordinates(k, t, right, ok, k_sn, k_sd, D, EVEN)
         scaling = tl.zeros([BLOCK_N], tl.float32) + root
         if HAS_FACTOR:
             scaling = tl.load(factor_ptr + (b * HEADS_KV + head) * n_keys + first + t, mask=ok, other=0.0) * root
-        x *= scaling[:, None]
-        y *= scaling[:, None]
+        x = _coordinates(k, t, columns, ok, k_sn, k_sd, D, EVEN) * scaling[:, None]
         if CENTER:
-            x -= left_mean[None, :]
-            y -= right_mean[None, :]
-        x *= tl.where((c < 8)[None, :], w0[:, None], w1[:, None])
+            x -= column_mean[None, :]
+        if BLOCKS == 2:
+            x *= tl.where((c < 8)[None, :], w0[:, None], w1[:, None])
+            y = _coordinates(k, t, right, ok, k_sn, k_sd, D, EVEN) * scaling[:, None]
+            if CENTER:
+                y -= right_mean[None, :]
+        else:
+            x *= tl.where((c < 8)[None, :], w0[:, None], 1.0)
         w0, w1 = _key_weights(k_base, factor_ptr, weight_ptr, b * weight_sb, (b * HEADS_KV + head) * n_keys, leads_ptr, lead0, lead1, mean,
                               tl.cast(start + BLOCK_N, tl.int64), t, n_keys, root, k_sn, k_sd, D, DEGREE, CENTER, HAS_FACTOR, HAS_WEIGHT)
         v = tl.load(v_base + first * v_sn + t[:, None] * v_sn + dv[None, :] * v_sd, mask=ok[:, None] & (dv < DV)[None, :], other=0.0)
-        # [128, 16] @ [16, BLOCK_N], twice; then [128, BLOCK_N] @ [BLOCK_N, DV]
-        psi = (tl.dot(spread_left, tl.trans(x.to(DTYPE)), input_precision=PRECISION)
-               * tl.dot(spread_right, tl.trans(y.to(DTYPE)), input_precision=PRECISION)).to(DTYPE)
+        # [128, 16] @ [16, BLOCK_N], then [64 * BLOCKS, BLOCK_N] @ [BLOCK_N, DV]
+        psi = tl.dot(spread, tl.trans(x.to(DTYPE)), input_precision=PRECISION)
+        if BLOCKS == 2:
+            psi *= tl.dot(spread_right, tl.trans(y.to(DTYPE)), input_precision=PRECISION)
+        else:
+            upper, lower = tl.split(tl.permute(tl.reshape(psi, [2, 64, BLOCK_N]), (1, 2, 0)))
+            psi = upper * lower
+        psi = psi.to(DTYPE)
         acc = tl.dot(psi, v.to(DTYPE), acc, input_precision=PRECISION)
         z_acc = tl.dot(psi, ones, z_acc, input_precision=PRECISION)
     power = tl.load(norm_ptr + local)
@@ -372,137 +385,11 @@ def _accumulate_kernel(k_ptr, v_ptr, factor_ptr, weight_ptr, mean_ptr, norm_ptr,
     out = s_ptr + ((split.to(tl.int64) * states + local) * n_rows + (block - first_block).to(tl.int64) * 64) * (DV_ROW + 16)
     dtype = s_ptr.dtype.element_ty
     tl.store(out + f[:, None] * (DV_ROW + 16) + dv[None, :], acc.to(dtype), mask=stored[:, None] & (dv < DV)[None, :])
-    low = tl.zeros([128], tl.float32)
+    low = tl.zeros([64 * BLOCKS], tl.float32)
     if SPLIT_Z and not PARTIAL:
         low = rows - rows.to(dtype).to(tl.float32)
     tail = tl.where(z[None, :] == 0, rows[:, None], tl.where(z[None, :] == 1, low[:, None], 0.0))
     tl.store(out + DV_ROW + f[:, None] * (DV_ROW + 16) + z[None, :], tail.to(dtype), mask=stored[:, None])
-
-
-@triton.jit
-def _lead_columns(base, tokens, ok, leads_ptr, leads, lead_ok, scaling, mean_ptr, stride_n, stride_d, D: tl.constexpr,
-                  DEGREE: tl.constexpr, CENTER: tl.constexpr):
-    """Lead monomials of centred keys, [tokens, leads] float32; zero for tokens and leads that are not there."""
-    product = (ok[:, None] & lead_ok[None, :]).to(tl.float32)
-    for place in tl.static_range(DEGREE - 2):
-        i = leads
-        if DEGREE > 3:
-            i = tl.load(leads_ptr + leads * (DEGREE - 2) + place, mask=lead_ok, other=0)
-        there = lead_ok & (i < D)
-        x = tl.load(base + tokens[:, None] * stride_n + i[None, :] * stride_d, mask=ok[:, None] & there[None, :], other=0.0)
-        x = x.to(tl.float32) * scaling[:, None]
-        if CENTER:
-            x -= tl.load(mean_ptr + i, mask=there, other=0.0)[None, :]
-        product *= x
-    return product
-
-
-@triton.jit
-def _lead_weights(leads_ptr, inverse_ptr, leads, lead_ok, a, b, DEGREE: tl.constexpr):
-    """Weights of the blocks (a, b) with these leads (features/tiles.py)."""
-    inside = (leads >= 8 * a).to(tl.int32)
-    weight = tl.full(leads.shape, 1.0, tl.float32)
-    if DEGREE > 3:
-        weight = tl.load(inverse_ptr + leads, mask=lead_ok, other=0.0)
-        inside = tl.zeros_like(inside)
-        for place in tl.static_range(DEGREE - 2):
-            inside += (tl.load(leads_ptr + leads * (DEGREE - 2) + place, mask=lead_ok, other=0) >= 8 * a).to(tl.int32)
-    weight = weight / (inside + 1).to(tl.float32)
-    return tl.where(a == b, weight / (inside + 2).to(tl.float32), weight)
-
-
-@triton.jit
-def _accumulate_leads_kernel(k_ptr, v_ptr, factor_ptr, weight_ptr, mean_ptr, norm_ptr, pairs_ptr, leads_ptr, inverse_ptr, work_ptr, s_ptr,
-                             n_keys, per_split, root, ratio, states, first_state, first_block, last_block, first_lead,
-                             k_sb, k_sh, k_sn, k_sd, v_sb, v_sh, v_sn, v_sd, weight_sb,
-                             HEADS_KV: tl.constexpr, SUB: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DV_ROW: tl.constexpr,
-                             DV_PAD: tl.constexpr, V_FIRST: tl.constexpr, DEGREE: tl.constexpr, LEADS: tl.constexpr,
-                             BLOCK_N: tl.constexpr, EVEN: tl.constexpr, CENTER: tl.constexpr, HAS_FACTOR: tl.constexpr,
-                             HAS_WEIGHT: tl.constexpr, PARTIAL: tl.constexpr, SPLIT_Z: tl.constexpr, DTYPE: tl.constexpr,
-                             PRECISION: tl.constexpr):
-    """As _accumulate_kernel for degree >= 3: one pair of tiles with LEADS leads, which multiply the values instead of the features.
-
-    psi' [64, BLOCK_N] @ (lead x v) [BLOCK_N, LEADS * DV]: narrow values fill the tensor cores. work [programs, 2]: pair, first lead.
-    """
-    local, split = tl.program_id(1), tl.program_id(2)
-    b, head, sub = _state_index(first_state + local, HEADS_KV, SUB)
-    k_base = k_ptr + b * k_sb + head * k_sh + sub * D * k_sd
-    v_base = v_ptr + b * v_sb + head * v_sh + (sub * D + V_FIRST) * v_sd
-    work = work_ptr + 2 * tl.program_id(0)
-    pair = tl.load(work)
-    lead = tl.multiple_of(tl.load(work + 1), LEADS)
-    tile_a, tile_b = tl.load(pairs_ptr + 3 * pair), tl.load(pairs_ptr + 3 * pair + 1)
-    start_block = tl.load(pairs_ptr + 3 * pair + 2)
-    end_lead = tl.minimum(tl.load(pairs_ptr + 3 * pair + 5), last_block) - start_block
-    begin_lead = tl.maximum(first_block - start_block, 0)
-    c = tl.arange(0, 16)
-    r = tl.arange(0, 128)
-    f = tl.arange(0, 64)
-    t = tl.arange(0, BLOCK_N)
-    dv = tl.arange(0, DV_PAD)
-    u = tl.arange(0, LEADS)
-    wide = tl.arange(0, LEADS * DV_PAD)
-    # Ranks of leads, and their places in the table, which starts at first_lead.
-    u_ok = (lead + u >= begin_lead) & (lead + u < end_lead)
-    c_ok = (c < LEADS) & (lead + c >= begin_lead) & (lead + c < end_lead)
-    wide_lead = lead + wide // DV_PAD
-    wide_ok = (wide_lead >= begin_lead) & (wide_lead < end_lead)
-    columns = _columns(tile_a, tile_b)
-    mean = mean_ptr + local * D
-    column_mean = tl.load(mean + columns, mask=columns < D, other=0.0)
-    spread = (c[None, :] == tl.where(r < 64, r // 8, 8 + r % 8)[:, None]).to(DTYPE)
-    acc = tl.zeros([64, LEADS * DV_PAD], tl.float32)
-    z_acc = tl.zeros([64, 16], tl.float32)
-    begin, end = split * per_split, tl.minimum((split + 1) * per_split, n_keys)
-    tl.assume(begin < end)
-    for start in range(begin, end, BLOCK_N):
-        first = tl.cast(start, tl.int64)
-        ok = start + t < n_keys
-        k = k_base + first * k_sn
-        x = _coordinates(k, t, columns, ok, k_sn, k_sd, D, EVEN)
-        scaling = tl.zeros([BLOCK_N], tl.float32) + root
-        if HAS_FACTOR:
-            scaling = tl.load(factor_ptr + (b * HEADS_KV + head) * n_keys + first + t, mask=ok, other=0.0) * root
-        x *= scaling[:, None]
-        if CENTER:
-            x -= column_mean[None, :]
-        by_lead = _lead_columns(k, t, ok, leads_ptr, lead + u - first_lead, u_ok, scaling, mean, k_sn, k_sd, D, DEGREE, CENTER)
-        by_column = _lead_columns(k, t, ok, leads_ptr, lead + c - first_lead, c_ok, scaling, mean, k_sn, k_sd, D, DEGREE, CENTER)
-        if HAS_WEIGHT:
-            w = tl.load(weight_ptr + b * weight_sb + first + t, mask=ok, other=0.0)
-            by_lead *= w[:, None]
-            by_column *= w[:, None]
-        v = tl.load(v_base + first * v_sn + t[:, None] * v_sn + dv[None, :] * v_sd, mask=ok[:, None] & (dv < DV)[None, :], other=0.0)
-        values = tl.reshape(by_lead[:, :, None] * v.to(tl.float32)[:, None, :], [BLOCK_N, LEADS * DV_PAD])
-        # [128, 16] @ [16, BLOCK_N], then [64, BLOCK_N] @ [BLOCK_N, LEADS * DV]
-        both = tl.dot(spread, tl.trans(x.to(DTYPE)), input_precision=PRECISION)
-        left, right = tl.split(tl.permute(tl.reshape(both, [2, 64, BLOCK_N]), (1, 2, 0)))
-        psi = (left * right).to(DTYPE)
-        acc = tl.dot(psi, values.to(DTYPE), acc, input_precision=PRECISION)
-        z_acc = tl.dot(psi, by_column.to(DTYPE), z_acc, input_precision=PRECISION)
-    power = tl.load(norm_ptr + local)
-    for _ in tl.static_range(DEGREE):
-        power *= ratio
-    weight = _lead_weights(leads_ptr, inverse_ptr, wide_lead - first_lead, wide_ok, tile_a, tile_b, DEGREE)
-    acc *= (weight * power)[None, :]
-    weight = _lead_weights(leads_ptr, inverse_ptr, lead + c - first_lead, c_ok, tile_a, tile_b, DEGREE)
-    z_acc *= (weight * power)[None, :]
-    n_rows = (last_block - first_block).to(tl.int64) * 64
-    dtype = s_ptr.dtype.element_ty
-    row = tl.cast(start_block + lead - first_block, tl.int64) * 64
-    out = s_ptr + ((split.to(tl.int64) * states + local) * n_rows + row) * (DV_ROW + 16)
-    column = wide % DV_PAD
-    tl.store(out + (wide // DV_PAD * 64)[None, :] * (DV_ROW + 16) + f[:, None] * (DV_ROW + 16) + column[None, :], acc.to(dtype),
-             mask=(wide_ok & (column < DV))[None, :])
-    for place in tl.static_range(LEADS):
-        rows = tl.sum(tl.where((c == place)[None, :], z_acc, 0.0), 1)
-        low = tl.zeros([64], tl.float32)
-        if SPLIT_Z and not PARTIAL:
-            low = rows - rows.to(dtype).to(tl.float32)
-        tail = tl.where(c[None, :] == 0, rows[:, None], tl.where(c[None, :] == 1, low[:, None], 0.0))
-        there = (lead + place >= begin_lead) & (lead + place < end_lead)
-        tl.store(out + (place * 64 + f)[:, None] * (DV_ROW + 16) + DV_ROW + c[None, :], tail.to(dtype),
-                 mask=(tl.zeros_like(f) + there.to(tl.int32) > 0)[:, None])
 
 
 @triton.jit

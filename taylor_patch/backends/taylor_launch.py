@@ -12,7 +12,7 @@ from torch import Tensor
 from taylor_patch.backends import taylor_tuned as tuned
 from taylor_patch.backends.taylor_plan import Chunk, Plan, item_nbytes
 from taylor_patch.features import symmetric
-from taylor_patch.features.tiles import BLOCK, layout, lead_groups, pair_table
+from taylor_patch.features.tiles import BLOCK, layout, pair_table
 
 MOMENT_KEYS = 64
 PROBE_KEYS = 64
@@ -104,11 +104,6 @@ def _lead_tables(plan: Plan, chunk: Chunk, device: torch.device) -> tuple[Tensor
     return indices.int().contiguous(), inverse.float(), first
 
 
-def leads_per_program(degree: int, padded_width: int) -> int:
-    """Leads that a program joins to narrow values, 0 where it takes two blocks instead."""
-    return 128 // padded_width if degree > 2 and padded_width <= 64 else 0
-
-
 def _accumulate(plan: Plan, chunk: Chunk, first_state: int, states: int, columns: tuple[int, int], moments: _Moments, k: Tensor,
                 v: Tensor, factor: Tensor | None, weight: Tensor | None, root: float, ratio: float, center: bool, dtype: torch.dtype,
                 store: torch.dtype, denom_fp32: bool, block_k: int, leads: tuple[Tensor | None, Tensor | None, int]) -> Tensor:
@@ -117,29 +112,20 @@ def _accumulate(plan: Plan, chunk: Chunk, first_state: int, states: int, columns
 
     width = columns[1] - columns[0]
     padded = _ceil_power_of_two(width)
-    per_program = leads_per_program(chunk.degree, padded)
-    table = tuned.ACCUMULATE_LEADS if per_program else tuned.ACCUMULATE
-    tile = tuned.choose(table, _arch(k.device), padded, item_nbytes(dtype), block_k)
-    device = k.device
-    work = None if per_program == 0 else lead_groups(plan.dim, chunk.degree, chunk.first, chunk.last, per_program, device)
-    programs = -(-chunk.blocks // 2) if work is None else len(work)
+    tile = tuned.choose("accumulate", _arch(k.device), padded, item_nbytes(dtype), block_k)
+    programs = -(-chunk.blocks // tile.blocks)
     share, splits = _shares(plan.n_keys, plan.splits(states * -(-chunk.blocks // 2)), tile.rows)
     shape = (states, chunk.blocks * BLOCK, -(-width // 16) * 16 + 16)
-    out = torch.empty(shape, dtype=store, device=device)
-    target = out if splits == 1 else torch.empty(splits, *shape, dtype=torch.float32, device=device)
-    pairs = pair_table(plan.dim, chunk.degree, device)
-    tensors = (k, v, factor, weight, moments.mean, moments.norm, pairs, leads[0], leads[1])
-    sizes = (plan.n_keys, share, root, ratio, states, first_state, chunk.first, chunk.last, leads[2], *k.stride(), *v.stride(),
-             _weight_stride(weight))
-    constants = {**_geometry(plan), **_precision(dtype), "DV": width, "DV_ROW": shape[2] - 16, "DV_PAD": padded, "V_FIRST": columns[0],
-                 "DEGREE": chunk.degree, "BLOCK_N": tile.rows, "EVEN": plan.dim % 8 == 0, "CENTER": center,
-                 "HAS_FACTOR": factor is not None, "HAS_WEIGHT": weight is not None, "PARTIAL": splits > 1, "SPLIT_Z": denom_fp32,
-                 "num_warps": tile.warps, "num_stages": tile.stages}
-    if work is None:
-        kernels._accumulate_kernel[(programs, states, splits)](*tensors, target, *sizes, **constants, PAIRS=len(pairs) - 1,
-                                                               PAIRS_PAD=_ceil_power_of_two(len(pairs)))
-    else:
-        kernels._accumulate_leads_kernel[(programs, states, splits)](*tensors, work, target, *sizes, **constants, LEADS=per_program)
+    out = torch.empty(shape, dtype=store, device=k.device)
+    target = out if splits == 1 else torch.empty(splits, *shape, dtype=torch.float32, device=k.device)
+    pairs = pair_table(plan.dim, chunk.degree, k.device)
+    kernels._accumulate_kernel[(programs, states, splits)](
+        k, v, factor, weight, moments.mean, moments.norm, pairs, leads[0], leads[1], target,
+        plan.n_keys, share, root, ratio, states, first_state, chunk.first, chunk.last, leads[2], *k.stride(), *v.stride(),
+        _weight_stride(weight), **_geometry(plan), DV=width, DV_ROW=shape[2] - 16, DV_PAD=padded, V_FIRST=columns[0],
+        DEGREE=chunk.degree, PAIRS=len(pairs), PAIRS_PAD=_ceil_power_of_two(len(pairs)), BLOCKS=tile.blocks, BLOCK_N=tile.rows,
+        EVEN=plan.dim % 8 == 0, CENTER=center, HAS_FACTOR=factor is not None, HAS_WEIGHT=weight is not None, PARTIAL=splits > 1,
+        SPLIT_Z=denom_fp32, **_precision(dtype), num_warps=tile.warps, num_stages=tile.stages)
     if splits > 1:
         total = target.sum(0)
         out.copy_(total)
@@ -207,7 +193,7 @@ def taylor_attention(q, k, v, q_factor, k_factor, key_weight, scale, terms, herm
     root, ratio = split_scale(scale, scaled)
     store = torch.bfloat16 if s_store_bf16 else dtype
     out = _output(q)
-    tile = tuned.choose(tuned.EVALUATE, _arch(q.device), _ceil_power_of_two(plan.width), item_nbytes(dtype), block_q)
+    tile = tuned.choose("evaluate", _arch(q.device), _ceil_power_of_two(plan.width), item_nbytes(dtype), block_q)
     stats = torch.empty(plan.states * plan.group, -(-plan.n_queries // tile.rows), 4, dtype=torch.float32, device=q.device)
     for columns in plan.value_columns:
         for first_state in range(0, plan.states, plan.states_at_once):

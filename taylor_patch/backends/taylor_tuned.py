@@ -7,11 +7,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Tile:
-    """rows: queries (evaluate) or keys (accumulate) a step; warps and software-pipeline stages of a program."""
+    """rows: queries (evaluate) or keys (accumulate) a step; warps and software-pipeline stages of a program.
+
+    blocks: blocks of 64 features that a program of accumulate holds, 1 or 2.
+    """
 
     rows: int
     warps: int
     stages: int
+    blocks: int = 2
 
 
 Table = dict[tuple[int, int], dict[int, Tile]]
@@ -19,16 +23,20 @@ Table = dict[tuple[int, int], dict[int, Tile]]
 
 EVALUATE: Table = {(9, 0): {32: Tile(128, 4, 3), 64: Tile(128, 4, 3), 128: Tile(64, 4, 3), 256: Tile(64, 8, 2)}}
 ACCUMULATE: Table = {(9, 0): {32: Tile(64, 4, 3), 64: Tile(64, 4, 3), 128: Tile(32, 4, 3), 256: Tile(32, 8, 2)}}
-ACCUMULATE_LEADS: Table = {(9, 0): {32: Tile(64, 4, 3), 64: Tile(64, 4, 3)}}
 
 DEFAULT = Tile(64, 4, 2)
 """Where nothing was measured."""
 WIDE = Tile(32, 8, 1)
-"""Float32 features, and values of more than 128 columns where nothing was measured."""
+"""Values of more than 128 columns where nothing was measured."""
+FLOAT32 = {"evaluate": Tile(64, 8, 1), "accumulate": Tile(32, 8, 1, blocks=1)}
+"""Float32 features: three tensor-core products in place of one, so registers are short. 64 queries are what Hopper's products need."""
 
 
-def choose(table: Table, arch: tuple[int, int], value_width: int, item_nbytes: int, rows: int) -> Tile:
-    """The tile for an architecture and a padded value width. rows: block_size of the options, 0 for the table's."""
-    fallback = WIDE if value_width > 128 else DEFAULT
-    tile = WIDE if item_nbytes == 4 else table.get(arch, {}).get(max(value_width, 32), fallback)
-    return Tile(rows, tile.warps if rows >= 16 * tile.warps else 4, tile.stages) if rows else tile
+def choose(kernel: str, arch: tuple[int, int], value_width: int, item_nbytes: int, rows: int) -> Tile:
+    """The tile of "evaluate" or "accumulate" for an architecture and a padded value width. rows: block_size of the options, 0 for ours."""
+    if item_nbytes == 4:
+        tile = FLOAT32[kernel]
+    else:
+        table = EVALUATE if kernel == "evaluate" else ACCUMULATE
+        tile = table.get(arch, {}).get(max(value_width, 32), WIDE if value_width > 128 else DEFAULT)
+    return Tile(rows, tile.warps if rows >= 16 * tile.warps else 4, tile.stages, tile.blocks) if rows else tile

@@ -113,7 +113,7 @@ class TritonFull(TritonTaylor):
     name = "triton_full"
     summary = "global Taylor attention in Triton, all features at once: fastest at modest R, for diffuse attention"
     priority = 30
-    workspace_limit = 128 * MIB
+    workspace_limit = 384 * MIB
     feature_chunk = 0
 
     def reasons_against(self, call: AttentionCall) -> tuple[str, ...]:

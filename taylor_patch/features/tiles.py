@@ -78,31 +78,12 @@ def layout(dim: int, degree: int) -> TileLayout:
 
 @lru_cache(maxsize=64)
 def pair_table(dim: int, degree: int, device: torch.device) -> Tensor:
-    """[pairs + 1, 3] int32 on `device`: a, b and the first block of each pair; a last row ends the last pair.
-
-    Raises OverflowError from 2^31 blocks on.
-    """
+    """[pairs, 3] int32 on `device`: a, b and the first block of each pair. Raises OverflowError from 2^31 blocks on."""
     shape = layout(dim, degree)
     if shape.blocks >= 2**31:
         raise OverflowError(f"degree {degree} over {dim} coordinates has {shape.blocks} blocks of features")
-    rows = [(a, b, start) for (a, b), start in zip((*shape.pairs, (0, 0)), shape.offsets, strict=True)]
+    rows = [(a, b, start) for (a, b), start in zip(shape.pairs, shape.offsets, strict=False)]
     return torch.tensor(rows, dtype=torch.int32, device=device)
-
-
-@lru_cache(maxsize=64)
-def lead_groups(dim: int, degree: int, first: int, last: int, size: int, device: torch.device) -> Tensor:
-    """[groups, 2] int32 on `device`: pair and first lead of groups of `size` leads that hold the blocks first <= i < last.
-
-    A group starts at a multiple of `size`, so its ends may lie outside.
-    """
-    shape = layout(dim, degree)
-    pairs = range(shape.pair_of(first), shape.pair_of(last - 1) + 1)
-    bounds = [(max(first, shape.offsets[i]) - shape.offsets[i], min(last, shape.offsets[i + 1]) - shape.offsets[i]) for i in pairs]
-    starts = torch.tensor([low // size for low, _ in bounds], device=device)
-    counts = torch.tensor([-(-high // size) - low // size for low, high in bounds], device=device)
-    which = torch.repeat_interleave(counts)
-    within = torch.arange(len(which), device=device) - (counts.cumsum(0) - counts)[which]
-    return torch.stack([which + pairs.start, (starts[which] + within) * size], 1).int()
 
 
 def padded_feature_count(dim: int, terms: int) -> int:
