@@ -480,7 +480,10 @@ def _evaluate_kernel(q_ptr, factor_ptr, s_ptr, linear_ptr, constant_ptr, z_linea
             tl.assume(begin < end)
             ahead = _lead(q, m, ok, leads_ptr, begin - start - first_lead, q_sn, q_sd, q_ptr, scaling, D, DEGREE, False)
             for block in range(begin, end):
-                psi = (both * ahead[:, None]).to(DTYPE)
+                # Zero, but not known before the products of the last step are done. Without it the next features overwrite
+                # registers that those products still read: the compiler (Triton 3.6) leaves seven of them in flight.
+                done = tl.sum(z_acc, 1) * 0.0
+                psi = (both * (ahead + done)[:, None]).to(DTYPE)
                 following = tl.minimum(block + 1, end - 1) - start - first_lead
                 ahead = _lead(q, m, ok, leads_ptr, following, q_sn, q_sd, q_ptr, scaling, D, DEGREE, False)
                 here = s + (block - first_block) * 64 * (DV_ROW + 16)
