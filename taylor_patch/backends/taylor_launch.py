@@ -46,6 +46,11 @@ def _precision(dtype: torch.dtype) -> dict[str, Any]:
     return {"DTYPE": names[dtype], "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32"}
 
 
+def _stages(dtype: torch.dtype) -> int:
+    """Pipeline stages of the kernels that read whole rows: two of float32 at 256 columns exceed the shared memory of a multiprocessor."""
+    return 1 if dtype == torch.float32 else 2
+
+
 def _arch(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
 
@@ -73,7 +78,7 @@ class _Moments:
             k, v, factor, weight, sums, plan.n_keys, share, root, states, first_state,
             *k.stride(), *v.stride(), _weight_stride(weight), **_geometry(plan), DV=width, DV_PAD=_ceil_power_of_two(width),
             V_FIRST=columns[0], ROWS=rows, BLOCK_N=MOMENT_KEYS, HAS_FACTOR=factor is not None, HAS_WEIGHT=weight is not None,
-            **_precision(dtype), num_warps=4, num_stages=2)
+            **_precision(dtype), num_warps=4, num_stages=_stages(dtype))
         def empty(*shape: int, kind: torch.dtype = torch.float32) -> Tensor:
             return torch.empty(states, *shape, dtype=kind, device=k.device)
 
@@ -258,7 +263,7 @@ def taylor_probe(q, k, v, q_factor, k_factor, key_weight, scale, terms, hermite,
         root, scale / root, *q.stride(), *k.stride(), _weight_stride(key_weight), **_geometry(plan), GROUP=plan.group,
         D_PAD=_ceil_power_of_two(plan.dim), SAMPLES=padded, P=terms, P_PAD=1 << (terms - 1).bit_length(), BLOCK_N=PROBE_KEYS,
         HAS_Q_FACTOR=q_factor is not None, HAS_K_FACTOR=k_factor is not None, HAS_WEIGHT=key_weight is not None, CENTER=center,
-        **_precision(q.dtype), num_warps=4, num_stages=2)
+        **_precision(q.dtype), num_warps=4, num_stages=_stages(q.dtype))
     stats = torch.empty(rows, 4, dtype=torch.float32, device=q.device)
     kernels._probe_finish_kernel[(rows,)](sums, stats, splits, samples, eps, SAMPLES=padded, P=terms, HERMITE=plan.hermite, num_warps=1)
     return _summarise(stats)
