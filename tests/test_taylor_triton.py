@@ -3,6 +3,9 @@ multiplies bfloat16 wrongly, so that bfloat16 features are float32 there."""
 
 import math
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ from taylor_oracle import dense, relative
 ON_GPU = torch.cuda.is_available()
 if not ON_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
-pytest.importorskip("triton", reason="Triton is not installed")
+triton = pytest.importorskip("triton", reason="Triton is not installed")
 
 # ruff: noqa: E402
 from taylor_patch.backends import taylor_launch, taylor_plan, taylor_tuned
@@ -215,6 +218,17 @@ def test_full_refuses_what_exceeds_its_workspace():
     backend = TritonFull(options)
     backend.devices = frozenset({"meta"})
     assert any("triton_fused streams it" in reason for reason in backend.reasons_against(AttentionCall(x, x, x, 1.0)))
+
+
+def test_no_product_has_its_registers_overwritten():
+    """Built for sm_90 in a process of its own, since this one may have the interpreter in the compiler's place."""
+    if not (Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump").exists():
+        pytest.skip("this Triton brings no disassembler")
+    script = Path(__file__).parent / "sass_hazards.py"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(script.parents[1])
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0 and not done.stdout, done.stdout + done.stderr[-2000:]
 
 
 gpu = pytest.mark.gpu

@@ -22,7 +22,7 @@ Table = dict[tuple[int, int], dict[int, Tile]]
 """Architecture -> padded value width -> tile, for 16-bit types."""
 
 EVALUATE: Table = {(9, 0): {32: Tile(128, 4, 3), 64: Tile(128, 4, 3), 128: Tile(64, 4, 3), 256: Tile(64, 8, 2)}}
-ACCUMULATE: Table = {(9, 0): {32: Tile(64, 4, 3), 64: Tile(64, 4, 3), 128: Tile(32, 4, 3), 256: Tile(32, 8, 2)}}
+ACCUMULATE: Table = {(9, 0): {32: Tile(64, 4, 3, 1), 64: Tile(64, 4, 3), 128: Tile(64, 4, 3, 1), 256: Tile(32, 8, 2)}}
 
 DEFAULT = Tile(64, 4, 2)
 """Where nothing was measured."""
