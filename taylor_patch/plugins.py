@@ -63,8 +63,9 @@ class BuiltinBackends:
         from taylor_patch.backends.near_far import NearFar
         from taylor_patch.backends.sdpa import Sdpa
         from taylor_patch.backends.taylor_torch import TaylorTorch
+        from taylor_patch.backends.triton_taylor import TritonFull, TritonFused
 
-        return (NearFar, TaylorTorch, Sdpa)
+        return (NearFar, TritonFull, TritonFused, TaylorTorch, Sdpa)
 
 
 def load(allow: Iterable[str] = ("*",), found: Iterable[EntryPoint] | None = None,

@@ -11,7 +11,7 @@ from taylor_patch import plugins
 from taylor_patch.backends.base import Backend
 from taylor_patch.errors import PluginError
 
-BUILT_IN = {"near_far", "taylor_torch", "sdpa"}
+BUILT_IN = {"near_far", "triton_full", "triton_fused", "taylor_torch", "sdpa"}
 
 
 class Good(Backend):
