@@ -2,6 +2,8 @@
 
 This module imports nothing: every Python start in the environment runs it (see taylor_patch_startup.pth), and
 while TAYLOR_PATCH is unset that must cost next to nothing. Public names are loaded on first use.
+
+PYTEST_DONT_REWRITE: it is imported before pytest could rewrite it, which pytest would warn of.
 """
 
 __version__ = "0.1.0"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 import threading
 import traceback
@@ -40,5 +41,6 @@ def within(seconds: float, work: Callable[[], T]) -> T:
 def _place(thread: threading.Thread) -> str:
     """", at file:line" of the innermost frame that is not Python's import machinery or this module."""
     frame = sys._current_frames().get(thread.ident or 0)
-    lines = [entry for entry in traceback.extract_stack(frame) if not entry.filename.startswith("<") and entry.filename != __file__]
+    machinery = (__file__, importlib.__file__)
+    lines = [entry for entry in traceback.extract_stack(frame) if not entry.filename.startswith("<") and entry.filename not in machinery]
     return f", at {lines[-1].filename}:{lines[-1].lineno}" if frame and lines else ""
