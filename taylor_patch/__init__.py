@@ -8,6 +8,16 @@ PYTEST_DONT_REWRITE: it is imported before pytest could rewrite it, which pytest
 
 __version__ = "0.1.0"
 
+TYPE_CHECKING = False  # typing's own costs an import; type checkers take this name for true too
+if TYPE_CHECKING:
+    from taylor_patch.api import attention, explain, install, status, uninstall
+    from taylor_patch.backends.base import Backend
+    from taylor_patch.call import AttentionCall, TokenGrid
+    from taylor_patch.declaration import LazyBackend
+    from taylor_patch.errors import TaylorPatchError
+    from taylor_patch.hookspecs import hookimpl
+    from taylor_patch.router import Choice
+
 # Public name -> module that defines it.
 _PUBLIC = {
     "AttentionCall": "taylor_patch.call",
