@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from taylor_patch.cli import main
+from tests.broken_skeleton import BREAKS, write_broken
 
 
 def new(*words):
@@ -27,6 +29,22 @@ def test_a_new_plugin_passes_its_tests(tmp_path):
     rules = ["--line-length", "144", "--select", "E,F,I,B,UP,SIM"]
     lint = subprocess.run([sys.executable, "-m", "ruff", "check", *rules, made], capture_output=True, text=True)
     assert lint.returncode == 0, lint.stdout
+
+
+@pytest.mark.parametrize("kind", BREAKS)
+def test_breaking_it_gives_a_finding(tmp_path, kind):
+    made, how = write_broken(kind, tmp_path / "demo"), BREAKS[kind]
+    test = made / "tests" / "test_demo_backend.py"
+    words = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-rf", f"{test}::TestConformance::{how.test}"]
+    if kind == "hangs on load":
+        test.write_text(test.read_text().replace('"demo_backend")', '"demo_backend", load_seconds=3)'))
+    done = subprocess.run([sys.executable, *words], cwd=made, env={**os.environ, "COLUMNS": "300"}, capture_output=True, text=True)
+    assert done.returncode == 1 and "1 failed" in done.stdout, done.stdout + done.stderr
+    assert any('backend "demo_backend": ' in line and how.finding in line for line in done.stdout.splitlines()), done.stdout
+
+
+def test_the_findings_differ():
+    assert len({how.finding for how in BREAKS.values()}) == len(BREAKS) == 6
 
 
 @pytest.mark.parametrize("name", ["Demo", "1st", "auto", "sdpa", "a.b", "taylor-patch-"])

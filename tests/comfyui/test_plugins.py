@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from taylor_patch.cli import skeleton
+from tests.broken_skeleton import BREAKS, UNSEEN, write_broken
 
 from .conftest import ROOT, latent, our_lines, workflow
 
@@ -58,34 +58,15 @@ def test_example_is_chosen_by_a_rule_and_switched_off_without_a_restart(start, p
     assert len([line for line in our_lines(server) if "configuration reloaded" in line]) == 2
 
 
-# What is broken -> (file, text, text in its place, what the log says).
-BROKEN = {
-    "import error": ("__init__.py", "import taylor_patch\n", "import taylor_patch, no_such_kernel\n", "No module named 'no_such_kernel'"),
-    "wrong object": ("__init__.py", "        return [", "        return [42, ", "neither a subclass"),
-    "false capability": ("backend.py", "    gqa = False", "    dtypes = frozenset({torch.float64})\n    gqa = False", "demo_backend: dtype"),
-    "writes into inputs": ("backend.py", "        k, v = ", "        call.k.sub_(call.k.mean(2, keepdim=True))\n        k, v = ",
-                           "demo_backend"),
-    "wrong shape": ("backend.py", "return out", "return out[:, :, 1:]", "returned ["),
-    "hangs on load": ("__init__.py", "import taylor_patch\n", "import time\n\nimport taylor_patch\ntime.sleep(600)\n",
-                      "still loading after 3 s"),
-}
-
-
-@pytest.mark.parametrize("kind", BROKEN)
+@pytest.mark.parametrize("kind", BREAKS)
 def test_a_broken_skeleton_costs_a_line(start, patched_python, plain, tmp_path, kind):
-    file, old, new, message = BROKEN[kind]
-    made = skeleton.write("demo-backend", tmp_path / "demo")
-    path = made / "taylor_patch_demo_backend" / file
-    text = path.read_text()
-    assert text.count(old) == 1
-    path.write_text(text.replace(old, new))
-    env = {"PYTHONPATH": installed(made, tmp_path / "site"), "TAYLOR_PATCH_PLUGIN_SECONDS": "3", "TAYLOR_PATCH_MIN_TOKENS": "64",
-           "TAYLOR_PATCH": "1" if file == "__init__.py" else "demo_backend"}
+    how = BREAKS[kind]
+    env = {"PYTHONPATH": installed(write_broken(kind, tmp_path / "demo"), tmp_path / "site"), "TAYLOR_PATCH_PLUGIN_SECONDS": "3",
+           "TAYLOR_PATCH_MIN_TOKENS": "64", "TAYLOR_PATCH": "1" if how.test == "test_loads" else "demo_backend"}
     with start(patched_python, env) as server:
-        made_latent = latent(server, workflow("flux"))
-    assert bool(made_latent.isfinite().all())
-    if kind == "writes into inputs":  # a shift of all keys changes no softmax; nothing but the suite can see this
-        torch.testing.assert_close(made_latent, plain, atol=1e-3, rtol=1e-3)
+        made = latent(server, workflow("flux"))
+    if kind in UNSEEN:
+        torch.testing.assert_close(made, plain, atol=1e-3, rtol=1e-3)
     else:
-        assert torch.equal(made_latent, plain)
-    assert len(summaries(server)) == 1 and any(message in line for line in our_lines(server)), our_lines(server)
+        assert torch.equal(made, plain)
+    assert len(summaries(server)) == 1 and len([line for line in our_lines(server) if how.log in line]) == 1, our_lines(server)
