@@ -38,11 +38,20 @@ class Settings:
     """The table [taylor_patch]."""
 
     enabled: bool = True
+    profile: str = ""
     backend: str = "auto"
     quality: str | float = "balanced"
     min_tokens: int | Literal["auto"] = "auto"
     start_percent: float = 0.0
+    end_percent: float = 1.0
+    quality_check: bool = True
+    quality_check_samples: int = 16
+    quality_check_log_every: int = 1
+    memory_reserve: bool = True
+    memory_reserve_factor: float = 1.1
+    memory_reserve_log: bool = True
     log: Literal["off", "run", "step", "call"] = "run"
+    log_file: str = ""
 
     def problems(self) -> dict[str, str]:
         """Key -> what is wrong with its value; empty when all is well."""
@@ -54,8 +63,14 @@ class Settings:
             found["quality"] = f"{self.quality} is outside 0 to 1 (0 excluded)"
         if self.min_tokens != "auto" and self.min_tokens < 1:
             found["min_tokens"] = f"{self.min_tokens} is below 1"
-        if not 0 <= self.start_percent <= 1:
-            found["start_percent"] = f"{self.start_percent} is outside 0 to 1"
+        for key in ("start_percent", "end_percent"):
+            if not 0 <= getattr(self, key) <= 1:
+                found[key] = f"{getattr(self, key)} is outside 0 to 1"
+        if not 0 <= self.memory_reserve_factor <= 10:
+            found["memory_reserve_factor"] = f"{self.memory_reserve_factor} is outside 0 to 10"
+        for key in ("quality_check_samples", "quality_check_log_every"):
+            if getattr(self, key) < 1:
+                found[key] = f"{getattr(self, key)} is below 1"
         return found
 
 
@@ -73,11 +88,15 @@ class Layer:
     origin: str
     data: Mapping[str, Any]
     text: str = ""
+    profile: str = ""
+    """The profile whose table stands for [taylor_patch] and [[rules]] here."""
 
     def place(self, *path: str | int) -> str:
         """file:line:column of a key for files, the name of the source for everything else."""
         if not self.text:
             return self.origin
+        if self.profile:
+            path = ("profiles", self.profile, *(path[1:] if path[0] == "taylor_patch" else path))
         line, column = locate(self.text, path)
         return f"{self.origin}:{line}:{column}"
 
@@ -205,7 +224,7 @@ def allowed_plugins(overrides: Mapping[str, Any] | None = None, environ: Mapping
 
 def merge(layers: Iterable[Layer], option_types: Mapping[str, type]) -> Config:
     """Check each layer and join them, first wins; `rules` of the strongest layer that has them replace the others."""
-    layers = tuple(layers)
+    layers = _with_profile(tuple(layers))
     for layer in layers:
         _check_tables(layer, option_types)
     settings = _build(Settings, layers, ("taylor_patch",))
@@ -216,8 +235,29 @@ def merge(layers: Iterable[Layer], option_types: Mapping[str, type]) -> Config:
     return Config(settings, plugins, options, _rules(layers, option_types), layers)
 
 
+def _with_profile(layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
+    """`layers` with the chosen profile's table of each layer put before that layer."""
+    chosen = next((found for layer in layers if (found := _find(layer.data, ("taylor_patch", "profile"))) is not None), "")
+    if not chosen:
+        return layers
+    names = [name for layer in layers for name in _find(layer.data, ("profiles",)) or ()]
+    if chosen not in names:
+        place = next(layer.place("taylor_patch", "profile") for layer in layers if _find(layer.data, ("taylor_patch", "profile")) == chosen)
+        known = f"there are {', '.join(names)}." if names else "there are none; write [profiles.NAME]."
+        raise ConfigError(f'{place}: taylor_patch.profile: no profile is named "{chosen}"; {known}' + nearest(str(chosen), names))
+    joined = []
+    for layer in layers:
+        table = _find(layer.data, ("profiles", chosen))
+        if isinstance(table, dict):
+            settings = {key: value for key, value in table.items() if key != "rules"}
+            data = {"taylor_patch": settings, **({"rules": table["rules"]} if "rules" in table else {})}
+            joined.append(Layer(layer.origin, data, layer.text, chosen))
+        joined.append(layer)
+    return tuple(joined)
+
+
 def _check_tables(layer: Layer, option_types: Mapping[str, type]) -> None:
-    tables = {"taylor_patch": dict, "plugins": dict, "backends": dict, "rules": list}
+    tables = {"taylor_patch": dict, "plugins": dict, "backends": dict, "rules": list, "profiles": dict}
     for key, value in layer.data.items():
         if key not in tables:
             raise ConfigError(f"{layer.place(key)}: {key}: unknown table; allowed are {', '.join(tables)}."
@@ -347,6 +387,17 @@ def as_toml(config: Config) -> str:
     return "\n".join(lines)
 
 
+def plain(config: Config) -> dict[str, Any]:
+    """The settings that differ from the defaults, as nested dicts of plain values."""
+    def changed(table: Any) -> dict[str, Any]:
+        default = type(table)()
+        return {f.name: getattr(table, f.name) for f in dataclasses.fields(table) if getattr(table, f.name) != getattr(default, f.name)}
+
+    backends = {name: values for name, options in config.options.items() if (values := changed(options))}
+    rules = [{"when": dict(rule.conditions.source), "backend": rule.backend, "quality": rule.quality} for rule in config.rules]
+    return {"taylor_patch": changed(config.settings), "backends": backends, "rules": rules}
+
+
 def explain(config: Config, key: str) -> list[tuple[str, Any, bool]]:
     """Every layer that sets a dotted `key` as (place, value, wins), strongest first, the default last.
 
@@ -377,11 +428,14 @@ def schema(option_types: Mapping[str, type]) -> dict[str, Any]:
     rule = {"type": "object", "additionalProperties": False,
             "properties": {"when": condition, "backend": {"type": "string"}, "quality": _schema_of(str | float)}}
     backends = {name: table(kind) for name, kind in sorted(option_types.items())}
+    rules = {"type": "array", "items": rule}
+    profile = table(Settings)
+    profile["properties"]["rules"] = rules
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "taylor_patch configuration", "type": "object",
             "additionalProperties": False,
             "properties": {"taylor_patch": table(Settings), "plugins": table(PluginSettings),
                            "backends": {"type": "object", "additionalProperties": False, "properties": backends},
-                           "rules": {"type": "array", "items": rule}}}
+                           "rules": rules, "profiles": {"type": "object", "additionalProperties": profile}}}
 
 
 def _plain(value: Any) -> Any:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,14 @@ import torch
 from torch import Tensor
 
 from taylor_patch import config as configuration
-from taylor_patch import plugins
+from taylor_patch import guard, plugins
 from taylor_patch.backends.base import Backend, Fallback
 from taylor_patch.call import AttentionCall
 from taylor_patch.errors import ConfigError
+from taylor_patch.memory import Workspaces, predict
 from taylor_patch.router import Choice, Router
-from taylor_patch.run import Evaluation, RunSummary, SamplingRun, sampling_run
+from taylor_patch.run import Evaluation, RunSummary, SamplingRun, counted, family_of, sampling_run
+from taylor_patch.telemetry import Answer, LogFile, StepRecord, Timer, figures_text, step_content
 
 log = logging.getLogger("taylor_patch")
 
@@ -35,6 +38,8 @@ class Engine:
         self._lock = threading.Lock()
         self.last_run: RunSummary | None = None
         self.problem: str | None = None
+        self._guard_failed = False
+        self.workspaces = Workspaces()
         self.registry = plugins.load(configuration.allowed_plugins(overrides, environ, _comfyui_user()), environ=environ)
         self._stamp = self._current_stamp()
         try:
@@ -57,6 +62,7 @@ class Engine:
 
     def _put_in_force(self, loaded: configuration.Config) -> None:
         self.config = loaded
+        self.log_file = LogFile(Path(loaded.settings.log_file).expanduser()) if loaded.settings.log_file else None
         self.router = Router(loaded, self.registry)
         self.registry.notify("taylor_patch_configure", config=loaded)
 
@@ -101,11 +107,40 @@ class Engine:
             finally:
                 self._finish(current, outcome)
 
+    def reserve(self, patcher: Any, latent_shape: Sequence[int]) -> int:
+        """Bytes to keep free for the backends in the coming run; 0 where memory is managed on demand. patcher: ComfyUI's ModelPatcher."""
+        settings = self.config.settings
+        if not settings.memory_reserve or self.router.off or getattr(patcher, "is_dynamic", lambda: False)():
+            return 0
+        family = family_of(patcher.model)
+        nbytes = self.workspaces.of(family, latent_shape)
+        if nbytes is None:
+            nbytes = predict(self.router, patcher.model, latent_shape, torch.device(getattr(patcher, "load_device", "cpu")))
+        nbytes = int(nbytes * settings.memory_reserve_factor)
+        if nbytes and settings.memory_reserve_log:
+            log.info("taylor_patch: memory: %.0f MiB are kept free for the attention of %s", nbytes / 2**20, family)
+        return nbytes
+
+    def record(self, run: SamplingRun, step: StepRecord) -> None:
+        """Keep, log and write what an evaluation did."""
+        run.records.append(step)
+        if self.config.settings.log in ("step", "call"):
+            spent = ", ".join(f"{name} {milliseconds:.1f} ms" for name, milliseconds in sorted(step.milliseconds.items()))
+            log.info("taylor_patch: %s", ", ".join(filter(None, (
+                f"{step.model}: step {step.step}, sigma {'?' if step.sigma is None else format(step.sigma, '.4g')}: "
+                f"{counted(step.calls, step.fallbacks)}", spent, figures_text(step)))))
+        if self.log_file is not None:
+            self.log_file.write("step", run.name, step_content(step))
+
     def _finish(self, run: SamplingRun, outcome: str) -> None:
         try:
             self.last_run = run.summary(outcome)
             if self.config.settings.log != "off":
                 log.info("taylor_patch: %s", self.last_run.line())
+            self.workspaces.record(run.model, run.latent_shape, max(run.workspaces.values(), default=0))
+            if self.log_file is not None:
+                summary = {"schedule": run.schedule, "settings": configuration.plain(self.config), **dataclasses.asdict(self.last_run)}
+                self.log_file.write("run", run.name, summary)
             self.registry.notify("taylor_patch_run_finished", summary=self.last_run)
         except Exception as error:
             log.warning("taylor_patch: the run's summary failed (%s: %s)", type(error).__name__, error)
@@ -120,16 +155,16 @@ class Engine:
     def attempt(self, backend: Backend, call: AttentionCall, run: SamplingRun, evaluation: Evaluation | None = None) -> Tensor | None:
         """[B, H, N_q, D] from `backend`, or None where exact attention has to answer; counted either way.
 
-        On a GPU the check for values that are not finite is left on the device, in evaluation.finite.
+        On a GPU the check for values that are not finite is left on the device, in evaluation.answers.
         """
         try:
+            timer = Timer(call.q.device)
             out = backend.run(call)
+            timer.stop()
             problem = check_form(out, call)
             if problem is None:
                 finite = torch.isfinite(out.sum(dtype=torch.float32))
-                if evaluation is not None and checks_later(out.device):
-                    evaluation.finite.append(((backend.name, call.signature), finite))
-                elif not bool(finite):
+                if (evaluation is None or not checks_later(out.device)) and not bool(finite):
                     problem = NOT_FINITE
         except Fallback as reason:
             run.exact(f"{backend.name}: {reason}")
@@ -140,12 +175,39 @@ class Engine:
             problem = "out of memory" if is_out_of_memory(error) else f"{type(error).__name__}: {error}"
         if problem is None:
             run.handled(backend.name, call)
+            if (key := (backend.name, call.signature)) not in run.workspaces:
+                run.workspaces[key] = stated_workspace(backend, call)
+            if evaluation is not None:
+                evaluation.max_head_dim = max(evaluation.max_head_dim, call.q.shape[-1])
+                evaluation.answers.append(Answer(backend.name, call.signature, call.block, finite, timer,
+                                                 self._figures(backend, call, out, evaluation), backend.denominators()))
             return out
         run.broken.add((backend.name, call.signature))
         run.exact(f"{backend.name}: {problem}")
         log.warning('taylor_patch: backend "%s" failed on q %s %s (%s); exact attention takes its place for such calls in this run.',
                     backend.name, list(call.q.shape), str(call.q.dtype).removeprefix("torch."), problem)
         return None
+
+    def _figures(self, backend: Backend, call: AttentionCall, out: Tensor, evaluation: Evaluation) -> Tensor | None:
+        """The guard's figures where this call is sampled. The guard must never cost the picture: what it raises turns it off."""
+        settings = self.config.settings
+        if self._guard_failed or not settings.quality_check or \
+                not guard.is_sampled(evaluation.calls, evaluation.step, settings.quality_check_log_every):
+            return None
+        try:
+            return guard.figures(backend, call, out, settings.quality_check_samples, evaluation.calls + (evaluation.step or 0))
+        except Exception as error:
+            self._guard_failed = True
+            log.warning("taylor_patch: the quality check failed (%s: %s) and is off from here on.", type(error).__name__, error)
+            return None
+
+
+def stated_workspace(backend: Backend, call: AttentionCall) -> int:
+    """The backend's workspace in bytes; 0 where it does not state one."""
+    try:
+        return backend.workspace_nbytes(call)
+    except Exception:
+        return 0
 
 
 def check_form(out: object, call: AttentionCall) -> str | None:
@@ -160,19 +222,6 @@ def check_form(out: object, call: AttentionCall) -> str | None:
 def checks_later(device: torch.device) -> bool:
     """True where reading a value back would wait for the device."""
     return device.type != "cpu"
-
-
-def not_finite(evaluation: Evaluation) -> tuple[str, ...]:
-    """Names of the backends that returned values that are not finite in this evaluation; they are not asked again in this run.
-
-    One read from the device.
-    """
-    if not evaluation.finite:
-        return ()
-    flags = torch.stack([flag for _, flag in evaluation.finite]).tolist()
-    bad = [key for (key, _), finite in zip(evaluation.finite, flags, strict=True) if not finite]
-    evaluation.run.broken.update(bad)
-    return tuple(sorted({name for name, _ in bad}))
 
 
 def is_out_of_memory(error: Exception) -> bool:

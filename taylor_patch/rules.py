@@ -14,7 +14,8 @@ from taylor_patch.errors import nearest
 if TYPE_CHECKING:
     from taylor_patch.call import AttentionCall
 
-CONDITIONS = ("model", "tokens", "sigma", "layers", "kind", "head_dim")
+CONDITIONS = ("model", "tokens", "sigma", "layers", "kind", "head_dim", "mask")
+WORDS = {"kind": ("self", "joint", "cross"), "mask": ("none", "key", "row")}
 _COMPARE = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt, "==": operator.eq}
 _NUMBER = re.compile(r"(>=|<=|==|>|<)?\s*([0-9.]+)$")
 _LAYERS = re.compile(r"(\d*)-(\d*)$|(\d+)$")
@@ -30,6 +31,7 @@ class Conditions:
     layers: tuple[int, int] | None = None
     kind: str | None = None
     head_dim: tuple[str, float] | None = None
+    mask: str | None = None
     source: tuple[tuple[str, Any], ...] = ()
 
     def match(self, call: AttentionCall) -> bool:
@@ -40,7 +42,8 @@ class Conditions:
             and _compare(self.sigma, call.sigma)
             and _compare(self.head_dim, call.q.shape[-1])
             and (self.layers is None or (call.block is not None and self.layers[0] <= call.block <= self.layers[1]))
-            and (self.kind is None or (self.kind == "self") == call.self_attention)
+            and (self.kind is None or _is_kind(self.kind, call))
+            and (self.mask is None or self.mask == ("row" if call.row_mask is not None else "none" if call.key_mask is None else "key"))
         )
 
 
@@ -58,6 +61,13 @@ def _compare(bound: tuple[str, float] | None, value: float | None) -> bool:
     return bound is None or (value is not None and bool(_COMPARE[bound[0]](value, bound[1])))
 
 
+def _is_kind(kind: str, call: AttentionCall) -> bool:
+    """"cross": other keys than queries; "self": the same; "joint": the same, and text tokens are known to be among them."""
+    if kind == "joint":
+        return call.self_attention and call.grid is not None and call.grid.tokens < call.q.shape[2]
+    return (kind == "self") == call.self_attention
+
+
 def parse_conditions(when: Mapping[str, Any]) -> Conditions:
     """`when` of a rule, for example {model = "flux*", tokens = ">=8192", layers = "4-", kind = "self"}.
 
@@ -69,9 +79,9 @@ def parse_conditions(when: Mapping[str, Any]) -> Conditions:
             raise ValueError(f'unknown condition "{name}"; allowed are {", ".join(CONDITIONS)}.' + nearest(name, CONDITIONS))
         if name == "model":
             parsed[name] = str(value)
-        elif name == "kind":
-            if value not in ("self", "cross"):
-                raise ValueError(f'kind "{value}" is not "self" or "cross"')
+        elif name in WORDS:
+            if value not in WORDS[name]:
+                raise ValueError(f'{name} "{value}" is not one of {", ".join(WORDS[name])}.' + nearest(str(value), WORDS[name]))
             parsed[name] = value
         elif name == "layers":
             match = _LAYERS.match(str(value))

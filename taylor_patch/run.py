@@ -5,16 +5,16 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
-
 from taylor_patch.call import AttentionCall
 from taylor_patch.grid import patch_sizes
+from taylor_patch.telemetry import Answer, StepRecord, quality_text
 
 log = logging.getLogger("taylor_patch")
 
@@ -33,11 +33,17 @@ class RunSummary:
     seconds: float
     outcome: str
     """"finished", or the name of the exception that ended the run."""
+    milliseconds: Mapping[str, float] = field(default_factory=dict)
+    """Backend name -> milliseconds in it."""
+    quality: str = ""
+    """Sampled error against exact attention, as text."""
 
     def line(self) -> str:
         """One line for the log."""
-        return (f"{self.model or 'model'}: {self.evaluations} model evaluations in {self.seconds:.1f} s, "
-                f"attention calls: {counted(self.calls, self.fallbacks)}" + ("" if self.outcome == "finished" else f", {self.outcome}"))
+        spent = ", ".join(f"{name} {milliseconds / 1000:.1f} s" for name, milliseconds in sorted(self.milliseconds.items()))
+        parts = (f"attention calls: {counted(self.calls, self.fallbacks)}", spent, self.quality,
+                 "" if self.outcome == "finished" else self.outcome)
+        return f"{self.model or 'model'}: {self.evaluations} model evaluations in {self.seconds:.1f} s, " + ", ".join(filter(None, parts))
 
 
 def counted(calls: Mapping[str, int], fallbacks: Mapping[str, int]) -> str:
@@ -63,8 +69,9 @@ class Evaluation:
     """Why all of this evaluation is exact, or None."""
     calls: int = 0
     """Attention calls so far; the hook counts every one, so that the number can stand for the block index."""
-    finite: list[tuple[tuple[str, Any], Tensor]] = field(default_factory=list)
-    """((backend, signature), flag on the device) of each call that a backend answered: its output's values are finite."""
+    answers: list[Answer] = field(default_factory=list)
+    """The calls that backends answered, what was measured of them still on the device."""
+    max_head_dim: int = 0
 
     def block_index(self, options: Mapping[str, Any]) -> int:
         """Index of the running call's transformer block over the whole model; the number of the call where the model does not say."""
@@ -88,9 +95,16 @@ class SamplingRun:
     """(backend, signature) pairs that failed in this run."""
     known_exact: dict[Any, str] = field(default_factory=dict)
     """Shapes and arguments of calls that the router left to exact attention -> why."""
-    start_sigma: float | None = None
+    sigmas: dict[float, float] = field(default_factory=dict)
+    """Part of the schedule, 0 to 1 -> sigma there."""
     log_calls: bool = False
     """Log a line for every attention call."""
+    name: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
+    """What tells this run's records from others'; made at random."""
+    records: list[StepRecord] = field(default_factory=list)
+    latent_shape: tuple[int, ...] | None = None
+    workspaces: dict[tuple[str, Any], int] = field(default_factory=dict)
+    """(backend, signature) -> the workspace in bytes that the backend stated."""
 
     def step_of(self, sigma: float) -> int | None:
         """Index of `sigma` in the schedule; of the step it lies in for samplers that evaluate between sigmas."""
@@ -115,8 +129,11 @@ class SamplingRun:
 
     def summary(self, outcome: str) -> RunSummary:
         """Frozen copy of the counts."""
+        spent: Counter[str] = Counter()
+        for record in self.records:
+            spent.update(record.milliseconds)
         return RunSummary(self.model, max(len(self.schedule) - 1, 0), self.evaluations, with_exact(self.calls, self.fallbacks),
-                          dict(self.fallbacks), time.monotonic() - self.started, outcome)
+                          dict(self.fallbacks), time.monotonic() - self.started, outcome, dict(spent), quality_text(self.records))
 
 
 def with_exact(calls: Mapping[str, int], fallbacks: Mapping[str, int]) -> dict[str, int]:
@@ -173,6 +190,7 @@ def describe(run: SamplingRun, model: Any, latent_shape: Sequence[int] | None, s
 def evaluation(current: Evaluation) -> Iterator[Evaluation]:
     """Enter one call of the diffusion model."""
     current.run.model = current.family
+    current.run.latent_shape = current.latent_shape
     current.run.evaluations += 1
     _position.evaluations.append(current)
     try:

@@ -16,6 +16,7 @@ HOOKS = {
     "comfy.ldm.modules.attention": "taylor_patch.hooks.attention",
     "comfy.samplers": "taylor_patch.hooks.sampling",
     "comfy.model_base": "taylor_patch.hooks.evaluation",
+    "comfy.sampler_helpers": "taylor_patch.hooks.memory",
 }
 
 registered = False

@@ -14,7 +14,8 @@ def locate(text: str, path: Sequence[str | int]) -> tuple[int, int]:
     path: names, with a number after the name of an array of tables.
     """
     names = [str(part) for part in path if isinstance(part, str)]
-    entry = next((part for part in path if isinstance(part, int)), None)
+    at = next((n for n, part in enumerate(path) if isinstance(part, int)), None)
+    entry, array = (None, []) if at is None else (path[at], names[:at])
     table: list[str] = []
     seen: dict[str, int] = {}
     best, best_depth = (1, 1), 0
@@ -28,7 +29,7 @@ def locate(text: str, path: Sequence[str | int]) -> tuple[int, int]:
             found, column = [*table, *(part.strip("\"'") for part in key[1].split("."))], key.start(1) + 1
         else:
             continue
-        if entry is not None and table and table[0] == names[0] and seen.get(table[0]) != entry:
+        if entry is not None and table[: len(array)] == array and seen.get(".".join(array)) != entry:
             continue
         if len(found) <= len(names) and found == names[: len(found)] and len(found) > best_depth:
             best, best_depth = (number, column), len(found)

@@ -242,9 +242,67 @@ def test_explain_unknown_key(key):
 def test_schema_covers_every_key():
     schema = configuration.schema(TYPES)
     properties = schema["properties"]
-    assert set(properties) == {"taylor_patch", "plugins", "backends", "rules"}
+    assert set(properties) == {"taylor_patch", "plugins", "backends", "rules", "profiles"}
     assert properties["taylor_patch"]["properties"]["log"] == {"enum": ["off", "run", "step", "call"], "default": "run"}
     assert properties["taylor_patch"]["properties"]["min_tokens"]["anyOf"] == [{"type": "integer"}, {"enum": ["auto"]}]
     assert set(properties["backends"]["properties"]) == set(TYPES)
     assert properties["backends"]["properties"]["near_far"]["additionalProperties"] is False
     assert properties["plugins"]["properties"]["allow"]["default"] == ["*"]
+
+
+PROFILES = """[taylor_patch]
+quality = "lossless"
+profile = "video"
+[[rules]]
+backend = "sdpa"
+[profiles.video]
+quality = "fast"
+[[profiles.video.rules]]
+when = { tokens = ">=30000" }
+backend = "near_far"
+[profiles.picture]
+backend = "near_far"
+"""
+
+
+def test_profile_wins_over_its_file_and_not_over_variables(configure):
+    configure(PROFILES)
+    found = load()
+    assert found.target_error == 0.10 and [rule.backend for rule in found.rules] == ["near_far"]
+    assert load({"TAYLOR_PATCH_QUALITY": "balanced"}).target_error == 0.05
+    other = load({"TAYLOR_PATCH_PROFILE": "picture"})
+    assert other.settings.backend == "near_far" and other.target_error == 0.02 and [rule.backend for rule in other.rules] == ["sdpa"]
+    assert load({"TAYLOR_PATCH_PROFILE": ""}).target_error == 0.02
+
+
+@pytest.mark.parametrize(("text", "place", "hint"), [
+    ('[taylor_patch]\nprofile = "vidio"\n[profiles.video]\n', ":2:1: taylor_patch.profile", 'mean "video"'),
+    ('[taylor_patch]\nprofile = "video"\n', ":2:1: taylor_patch.profile", "there are none"),
+    ('[taylor_patch]\nprofile = "a"\n[profiles.a]\nqualty = 1\n', ":4:1: taylor_patch.qualty", 'mean "quality"'),
+    ('[taylor_patch]\nprofile = "a"\n[profiles.a]\nbackend = "near_fra"\n', ":4:1: taylor_patch.backend", 'mean "near_far"'),
+    ('[taylor_patch]\nprofile = "a"\n[[profiles.a.rules]]\nbackend = "x"\n', ":4:1: rules[0].backend", "is not one of"),
+], ids=["unknown", "none", "key", "backend", "rule"])
+def test_mistakes_in_profiles(configure, text, place, hint):
+    path = configure(text)
+    with pytest.raises(ConfigError) as error:
+        load()
+    assert str(error.value).startswith(str(path) + place) and hint in str(error.value), str(error.value)
+
+
+def test_rules_on_kind_and_mask():
+    import torch
+
+    from taylor_patch.call import AttentionCall, TokenGrid
+    from taylor_patch.rules import parse_conditions
+
+    def kinds(call):
+        words = [("kind", word) for word in ("self", "joint", "cross")] + [("mask", word) for word in ("none", "key", "row")]
+        return {word for name, word in words if parse_conditions({name: word}).match(call)}
+
+    x, y = torch.zeros(1, 1, 20, 8), torch.zeros(1, 1, 7, 8)
+    assert kinds(AttentionCall(x, x, x, 1.0)) == {"self", "none"}
+    assert kinds(AttentionCall(x, x, x, 1.0, key_mask=torch.zeros(1, 20), grid=TokenGrid(1, 4, 4, 4))) == {"self", "joint", "key"}
+    assert kinds(AttentionCall(x, x, x, 1.0, grid=TokenGrid(1, 4, 5))) == {"self", "none"}
+    assert kinds(AttentionCall(x, y, y, 1.0, row_mask=torch.zeros(1, 1, 20, 7))) == {"cross", "row"}
+    with pytest.raises(ValueError, match="is not one of none, key, row"):
+        parse_conditions({"mask": "rows"})

@@ -73,7 +73,7 @@ def test_install_again_after_uninstall(comfy):
     taylor_patch.install()
     assert comfy.consumer.optimized_attention.__wrapped__ is comfy.original
     status = taylor_patch.status()
-    assert set(status["hooks"].values()) == {"ok"} and len(status["hooks"]) == 3
+    assert set(status["hooks"].values()) == {"ok"} and len(status["hooks"]) == 4
     assert set(status["patched"]) == {"optimized_attention", "optimized_attention_masked"}
 
 

@@ -81,6 +81,14 @@ class Backend:
         """Bytes of temporary memory beside inputs and output, from shapes only."""
         raise NotImplementedError(f"{self.name} does not state its workspace")
 
+    def effective(self, call: AttentionCall) -> AttentionCall:
+        """`call` with the q and k that this backend works with; `call` itself where it takes them as they are."""
+        return call
+
+    def denominators(self) -> dict[str, float] | None:
+        """Statistics of the last call's denominators for the records, where the backend keeps any that cost no wait for the device."""
+        return None
+
     def run(self, call: AttentionCall) -> Tensor:
         """Attention of `call` as [B, H, N_q, D] in q's dtype. Raises Fallback instead of returning a bad result."""
         raise NotImplementedError(f"{self.name} does not compute")

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from taylor_patch.cli import reports
+
 if TYPE_CHECKING:
     from taylor_patch.plugins import Registry
 
@@ -35,6 +37,10 @@ def main() -> None:
 
     Set TAYLOR_PATCH=1 and start ComfyUI as always; `taylor-patch doctor` tells whether it is on.
     """
+
+
+for command in (reports.report, reports.watch, reports.compare):
+    main.add_command(command)
 
 
 @main.command()

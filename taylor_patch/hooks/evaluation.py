@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from taylor_patch.engine import NOT_FINITE, engine, not_finite
+from taylor_patch.engine import NOT_FINITE, engine
 from taylor_patch.hooks.cold import ColdPatch
-from taylor_patch.run import Evaluation, SamplingRun, counted, current_run, describe, evaluation, with_exact
+from taylor_patch.run import Evaluation, SamplingRun, current_run, describe, evaluation, with_exact
+from taylor_patch.telemetry import StepRecord, read
 
 log = logging.getLogger("taylor_patch")
 
@@ -33,8 +35,7 @@ def apply_model(wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...
     if run is None:
         return wrapped(*args, **kwargs)
     first = _describe(run, instance, args, kwargs)
-    out = _evaluate(first, wrapped, args, kwargs)
-    bad = not_finite(first)
+    out, bad = _evaluate(first, wrapped, args, kwargs)
     if not bad:
         return out
     # The picture must not suffer: the same evaluation once more, from the same inputs, exact.
@@ -42,21 +43,25 @@ def apply_model(wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...
     log.warning("taylor_patch: %s; this step is computed again by exact attention, which takes its place for such calls in this run.", reason)
     again = _describe(run, instance, args, kwargs)
     again.exact = reason
-    return _evaluate(again, wrapped, args, kwargs)
+    return _evaluate(again, wrapped, args, kwargs)[0]
 
 
-def _evaluate(current: Evaluation, wrapped: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Call the model, and log the evaluation's line where the configuration wants it."""
-    run = current.run
+def _evaluate(current: Evaluation, wrapped: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[str]]:
+    """(the model's result, names of the backends whose values were not finite; they are not asked again for such calls)."""
+    run, started = current.run, time.monotonic()
+    calls, fallbacks = run.calls.copy(), run.fallbacks.copy()
     with evaluation(current):
-        before = run.calls.copy(), run.fallbacks.copy()
-        try:
-            return wrapped(*args, **kwargs)
-        finally:
-            if engine().config.settings.log in ("step", "call"):
-                calls, fallbacks = run.calls - before[0], run.fallbacks - before[1]
-                log.info("taylor_patch: %s: step %s, sigma %.4g: %s", current.family, current.step,
-                         float("nan") if current.sigma is None else current.sigma, counted(with_exact(calls, fallbacks), fallbacks))
+        out = wrapped(*args, **kwargs)
+    try:
+        blocks, bad = read(current.answers)  # the one read from the device, which has to finish the evaluation for it
+        run.broken.update(bad)
+        calls, fallbacks = run.calls - calls, run.fallbacks - fallbacks
+        engine().record(run, StepRecord(current.family, current.step, current.sigma, time.monotonic() - started,
+                                        with_exact(calls, fallbacks), dict(fallbacks), current.max_head_dim, tuple(blocks)))
+    except Exception as error:
+        log.warning("taylor_patch: the step's record failed (%s: %s)", type(error).__name__, error)
+        return out, []
+    return out, sorted({name for name, _ in bad})
 
 
 def _describe(run: SamplingRun, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Evaluation:
@@ -67,8 +72,8 @@ def _describe(run: SamplingRun, model: Any, args: tuple[Any, ...], kwargs: dict[
         current = describe(run, model, getattr(x, "shape", None), _first(t), bool(kwargs.get("ref_latents")))
         if getattr(sys.modules.get("comfy.model_management"), "in_training", False):
             current.exact = "training"
-        elif _before_start(run, model, current.sigma):
-            current.exact = "before start_percent"
+        else:
+            current.exact = _outside_range(run, model, current.sigma)
         return current
     except Exception as error:
         return Evaluation(run, None, None, None, None, (), exact=f"model evaluation not understood ({type(error).__name__}: {error})")
@@ -82,16 +87,24 @@ def _first(t: Any) -> float | None:
         return None
 
 
-def _before_start(run: SamplingRun, model: Any, sigma: float | None) -> bool:
-    """True while the schedule has not reached start_percent."""
-    percent = engine().config.settings.start_percent
-    if percent <= 0 or sigma is None:
-        return False
-    if run.start_sigma is None:
+def _outside_range(run: SamplingRun, model: Any, sigma: float | None) -> str | None:
+    """Why the evaluation lies outside start_percent to end_percent of the schedule, or None."""
+    settings = engine().config.settings
+    if sigma is None:
+        return None
+    if settings.start_percent > 0 and sigma > _sigma_at(run, model, settings.start_percent):
+        return "before start_percent"
+    if settings.end_percent < 1 and sigma < _sigma_at(run, model, settings.end_percent):
+        return "after end_percent"
+    return None
+
+
+def _sigma_at(run: SamplingRun, model: Any, percent: float) -> float:
+    """sigma at this part of the schedule; without the model's own scale the position among the steps stands in for it."""
+    if percent not in run.sigmas:
         try:
-            run.start_sigma = float(model.model_sampling.percent_to_sigma(percent))
+            run.sigmas[percent] = float(model.model_sampling.percent_to_sigma(percent))
         except Exception:
-            # Without the model's own scale the position in the schedule stands in for it.
-            steps = run.schedule or (sigma,)
-            run.start_sigma = steps[min(int(percent * (len(steps) - 1)), len(steps) - 1)]
-    return sigma > run.start_sigma
+            steps = run.schedule or (0.0,)
+            run.sigmas[percent] = steps[min(int(percent * (len(steps) - 1)), len(steps) - 1)]
+    return run.sigmas[percent]

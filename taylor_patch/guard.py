@@ -1,0 +1,61 @@
+"""Sampled quality of a call: a backend's result against exact attention, on a few query rows that all figures share."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from taylor_patch.backends.base import Backend, expand_kv
+from taylor_patch.call import AttentionCall
+
+FIGURES = ("quality_raw", "quality_eff", "q_norm", "k_norm", "logit_p01", "logit_p50", "logit_p99", "logit_max")
+"""quality_raw: relative L2 error against attention on the q, k that the model gave; quality_eff: against attention on the q, k that the
+backend worked with (after normalisation, say). q_norm, k_norm: mean L2 norms. logit_*: percentiles and largest magnitude of sampled
+scale * q.k."""
+
+SAMPLED_KEYS = 64
+EVERY_CALLS = 8
+"""One in so many calls of an evaluation is sampled, another one each step, so that the cost stays small against attention."""
+
+
+def is_sampled(call_number: int, step: int | None, every_steps: int) -> bool:
+    """Whether the call with this number in its evaluation is looked at."""
+    step = step or 0
+    return step % every_steps == 0 and (call_number + step // every_steps) % EVERY_CALLS == 0
+
+
+def spread(total: int, count: int, seed: int, device: torch.device) -> Tensor:
+    """`count` (at most `total`) indices evenly over range(total), int64, moved along by `seed`; no random state is touched."""
+    count = min(count, total)
+    return (torch.arange(count, device=device) * total // count + seed * 7919) % total
+
+
+def exact_rows(call: AttentionCall, rows: Tensor) -> Tensor:
+    """Exact attention of the query rows `rows` [S]: float32 [B, H, S, D]."""
+    heads = call.q.shape[1]
+    mask = None if call.key_mask is None else call.key_mask[:, None, None, :].to(call.q.dtype)
+    return F.scaled_dot_product_attention(call.q[:, :, rows], expand_kv(call.k, heads), expand_kv(call.v, heads), attn_mask=mask,
+                                          scale=call.scale).float()
+
+
+def relative_error(out: Tensor, reference: Tensor) -> Tensor:
+    """|out - reference| / |reference| over all elements, a scalar on the device."""
+    return torch.linalg.vector_norm(out - reference) / torch.linalg.vector_norm(reference).clamp_min(torch.finfo(torch.float32).tiny)
+
+
+@torch.no_grad()
+def figures(backend: Backend, call: AttentionCall, out: Tensor, samples: int, seed: int) -> Tensor:
+    """FIGURES of one call as float32 [8] on the device; nothing is read back. out: the backend's [B, H, N_q, D]."""
+    rows = spread(call.q.shape[2], samples, seed, call.q.device)
+    ours = out[:, :, rows].float()
+    raw = relative_error(ours, exact_rows(call, rows))
+    effective = backend.effective(call)
+    eff = raw if effective is call else relative_error(ours, exact_rows(effective, rows))
+    q = call.q[:, :, rows].float()
+    k = expand_kv(call.k[:, :, spread(call.k.shape[2], SAMPLED_KEYS, seed, call.q.device)], call.q.shape[1]).float()
+    logits = (q @ k.transpose(-1, -2) * call.scale).flatten()
+    percentiles = torch.quantile(logits, torch.tensor([0.01, 0.5, 0.99], device=logits.device)) if logits.numel() < 1 << 24 else \
+        torch.full((3,), torch.nan, device=logits.device)  # torch.quantile's limit
+    norms = torch.stack([torch.linalg.vector_norm(x, dim=-1).mean() for x in (q, k)])
+    return torch.cat([torch.stack([raw, eff]), norms, percentiles, logits.abs().amax().reshape(1)])

@@ -1,0 +1,42 @@
+"""A live table of the run in progress, read from the log file."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from rich.live import Live
+from rich.table import Table
+
+from taylor_patch.errors import TaylorPatchError
+from taylor_patch.report.runs import Run, load
+
+
+def table(run: Run, rows: int = 12) -> Table:
+    """The last steps of a run."""
+    state = "in progress" if not run.summary else run.summary["outcome"]
+    made = Table(title=f"{run.model}: {len(run.steps)} model evaluations, {state}")
+    for name in ("step", "sigma", "seconds", "calls", "time in backends", "error", "exact because"):
+        made.add_column(name)
+    for step in run.steps[-rows:]:
+        errors = [block["figures"]["quality_raw"] for block in step["blocks"] if block["figures"].get("quality_raw") is not None]
+        made.add_row(str(step["step"]), f"{step['sigma'] or 0:.3g}", f"{step['seconds']:.2f}",
+                     ", ".join(f"{name} {count}" for name, count in step["calls"].items()),
+                     ", ".join(f"{name} {value:.0f} ms" for name, value in step["milliseconds"].items()),
+                     f"{max(errors):.3g}" if errors else "", "; ".join(step["fallbacks"]))
+    return made
+
+
+def watch(path: Path, seconds: float, once: bool = False) -> None:
+    """Show the newest run of `path` and look again every `seconds`, until interrupted; `once` shows it and returns."""
+    with Live(refresh_per_second=4) as live:
+        while True:
+            try:
+                live.update(table(load(path)[-1]))
+            except TaylorPatchError as error:
+                if once:
+                    raise
+                live.update(f"waiting: {error}")
+            if once:
+                return
+            time.sleep(seconds)

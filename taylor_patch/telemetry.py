@@ -1,0 +1,167 @@
+"""What a model evaluation did: read from the device once at its end, logged, and written as JSON lines."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from taylor_patch.guard import FIGURES
+
+log = logging.getLogger("taylor_patch")
+
+SCHEMA_VERSION = 1
+LOG_FILE_LIMIT = 16 << 20
+"""Bytes after which the log file is renamed to NAME.1 (replacing an older one) and begun anew."""
+
+
+class Timer:
+    """Milliseconds between start and stop: events on CUDA's stream, read later; the clock elsewhere."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._start = self._mark()
+        self._stop: Any = None
+
+    def _mark(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def stop(self) -> None:
+        """Mark the end."""
+        self._stop = self._mark()
+
+    def milliseconds(self) -> float:
+        """The time; on CUDA only after the device has passed the end."""
+        return float(self._start.elapsed_time(self._stop)) if self._cuda else (self._stop - self._start) * 1000
+
+
+@dataclass
+class Answer:
+    """One call that a backend answered. finite and figures are still on the device."""
+
+    backend: str
+    signature: Any
+    block: int | None
+    finite: Tensor
+    timer: Timer
+    figures: Tensor | None = None
+    denominators: Mapping[str, float] | None = None
+
+
+@dataclass(frozen=True)
+class BlockRecord:
+    """An Answer, read. figures: FIGURES by name, empty where the call was not sampled."""
+
+    backend: str
+    block: int | None
+    milliseconds: float
+    figures: Mapping[str, float] = field(default_factory=dict)
+    denominators: Mapping[str, float] | None = None
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One evaluation of the model."""
+
+    model: str | None
+    step: int | None
+    sigma: float | None
+    seconds: float
+    calls: Mapping[str, int]
+    fallbacks: Mapping[str, int]
+    max_head_dim: int
+    blocks: tuple[BlockRecord, ...]
+
+    @property
+    def milliseconds(self) -> dict[str, float]:
+        """Backend -> milliseconds in it."""
+        total: dict[str, float] = defaultdict(float)
+        for block in self.blocks:
+            total[block.backend] += block.milliseconds
+        return dict(total)
+
+    def values(self, name: str) -> list[float]:
+        """A figure of all sampled calls."""
+        return [block.figures[name] for block in self.blocks if name in block.figures]
+
+
+def read(answers: Iterable[Answer]) -> tuple[list[BlockRecord], list[tuple[str, Any]]]:
+    """(records, (backend, signature) of the answers that are not finite), with one read from the device."""
+    answers = list(answers)
+    if not answers:
+        return [], []
+    flat = torch.cat([answer.finite.reshape(1).float() for answer in answers]
+                     + [answer.figures for answer in answers if answer.figures is not None]).tolist()
+    finite, rest = flat[: len(answers)], iter(flat[len(answers) :])
+    records, bad = [], []
+    for answer, flag in zip(answers, finite, strict=True):
+        figures = {} if answer.figures is None else {name: next(rest) for name in FIGURES}
+        records.append(BlockRecord(answer.backend, answer.block, answer.timer.milliseconds(), figures, answer.denominators))
+        if not flag:
+            bad.append((answer.backend, answer.signature))
+    return records, bad
+
+
+def quality_text(records: Iterable[StepRecord]) -> str:
+    """"error 0.021 (largest 0.034, 12 calls sampled)" of quality_raw, or an empty string where nothing was sampled."""
+    values = [value for record in records for value in record.values("quality_raw")]
+    return f"error {sum(values) / len(values):.3g} (largest {max(values):.3g}, {len(values)} calls sampled)" if values else ""
+
+
+def figures_text(record: StepRecord) -> str:
+    """The sampled figures of an evaluation for its log line: means, for quality_raw and quality_eff the largest too."""
+    if not record.values("quality_raw"):
+        return ""
+    mean = {name: sum(values) / len(values) for name in FIGURES if (values := record.values(name))}
+    shown = [f"{name} {mean[name]:.3g} (largest {max(record.values(name)):.3g})" for name in ("quality_raw", "quality_eff")]
+    shown += [f"q norm {mean['q_norm']:.3g}, k norm {mean['k_norm']:.3g}",
+              f"q.k p1 {mean['logit_p01']:.3g} p50 {mean['logit_p50']:.3g} p99 {mean['logit_p99']:.3g} "
+              f"largest {max(record.values('logit_max')):.3g}", f"max_head_dim {record.max_head_dim}"]
+    return ", ".join(shown)
+
+
+class LogFile:
+    """JSON lines in the file `path`; a failure to write is one warning."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._failed = False
+
+    def write(self, kind: str, run: str, content: Mapping[str, Any]) -> None:
+        """Append {"version", "kind", "run", "time", **content}. docs/telemetry.md describes the kinds."""
+        line = json.dumps({"version": SCHEMA_VERSION, "kind": kind, "run": run, "time": round(time.time(), 3), **content})
+        try:
+            if self.path.exists() and self.path.stat().st_size > LOG_FILE_LIMIT:
+                os.replace(self.path, self.path.with_name(self.path.name + ".1"))
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        except OSError as error:
+            if not self._failed:
+                log.warning("taylor_patch: log_file %s cannot be written (%s); nothing is recorded.", self.path, error)
+            self._failed = True
+
+
+def step_content(record: StepRecord) -> dict[str, Any]:
+    """A StepRecord as JSON content: four digits, null for values that are not finite."""
+    def rounded(value: Any) -> Any:
+        if isinstance(value, float):
+            return float(f"{value:.4g}") if math.isfinite(value) else None
+        if isinstance(value, Mapping):
+            return {key: rounded(item) for key, item in value.items()}
+        return [rounded(item) for item in value] if isinstance(value, list | tuple) else value
+
+    return rounded({**asdict(record), "milliseconds": record.milliseconds})  # type: ignore[no-any-return]

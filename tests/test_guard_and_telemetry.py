@@ -1,0 +1,152 @@
+"""Sampled quality, and the records that an evaluation leaves."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+
+from taylor_patch import engine as engines
+from taylor_patch import guard, telemetry
+from taylor_patch.backends.base import Backend
+from taylor_patch.call import AttentionCall
+from taylor_patch.telemetry import Answer, LogFile, Timer, read
+from tests.test_hooks import HEADS, SPARSE, broken_backend, last, qkv
+
+
+def make(n=300, m=None, heads=4, kv_heads=2, dim=16, **fields):
+    q = torch.randn(2, heads, n, dim)
+    k, v = (torch.randn(2, kv_heads, m or n, dim) for _ in "kv")
+    return AttentionCall(q, k, v, scale=0.4, **fields)
+
+
+def exact(call):
+    k, v = (x.double().repeat_interleave(call.q.shape[1] // x.shape[1], 1) for x in (call.k, call.v))
+    logits = call.q.double() @ k.transpose(-1, -2) * call.scale
+    return torch.softmax(logits if call.key_mask is None else logits + call.key_mask[:, None, None].double(), -1) @ v
+
+
+class Halved(Backend):
+    """Works with half of q."""
+
+    name = "halved"
+
+    def effective(self, call):
+        return dataclasses.replace(call, q=call.q / 2)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_figures(masked):
+    mask = torch.zeros(1, 300)
+    mask[:, ::3] = -math.inf
+    call = make(key_mask=mask if masked else None)
+    out = (exact(call) * 1.1).float()
+    before = [x.clone() for x in (call.q, call.k, call.v, out)]
+    found = dict(zip(guard.FIGURES, guard.figures(Backend.__new__(Halved), call, out, 16, 3).tolist(), strict=True))
+    rows = guard.spread(300, 16, 3, call.q.device)
+    assert found["quality_raw"] == pytest.approx(0.1, rel=1e-3)
+    half = exact(dataclasses.replace(call, q=call.q / 2))[:, :, rows]
+    expected = (out.double()[:, :, rows] - half).norm() / half.norm()
+    assert found["quality_eff"] == pytest.approx(float(expected), rel=1e-3) and expected > 0.2
+    assert found["q_norm"] == pytest.approx(float(call.q[:, :, rows].norm(dim=-1).mean()), rel=1e-5)
+    assert -20 < found["logit_p01"] < found["logit_p50"] < found["logit_p99"] <= found["logit_max"]
+    assert all(torch.equal(a, b) for a, b in zip((call.q, call.k, call.v, out), before, strict=True))
+
+
+def test_rows_are_spread_repeatable_and_in_range():
+    for total, count, seed in [(5, 16, 0), (300, 16, 7), (75600, 16, 123456)]:
+        rows = guard.spread(total, count, seed, torch.device("cpu"))
+        assert len(set(rows.tolist())) == min(total, count) and int(rows.min()) >= 0 and int(rows.max()) < total
+        assert torch.equal(rows, guard.spread(total, count, seed, torch.device("cpu")))
+
+
+def test_every_call_is_sampled_in_some_step():
+    seen = {call for step in range(guard.EVERY_CALLS) for call in range(40) if guard.is_sampled(call, step, 1)}
+    assert seen == set(range(40))
+    assert sum(guard.is_sampled(call, 3, 1) for call in range(40)) == 5
+    assert not any(guard.is_sampled(call, step, 4) for call in range(40) for step in (1, 2, 3))
+
+
+def test_read_pairs_figures_with_their_calls():
+    def answer(name, block, finite, figures=None):
+        timer = Timer(torch.device("cpu"))
+        timer.stop()
+        return Answer(name, ("shape", block), block, torch.tensor(finite), timer, figures)
+
+    values = torch.arange(len(guard.FIGURES)).float()
+    records, bad = read([answer("a", 0, True), answer("a", 1, False, values), answer("b", 2, True, values + 100)])
+    assert [r.figures.get("quality_raw") for r in records] == [None, 0, 100] and records[2].figures["logit_max"] == 107
+    assert bad == [("a", ("shape", 1))] and all(0 <= r.milliseconds < 1000 for r in records)
+    assert read([]) == ([], [])
+
+
+def run(comfy, **kwargs):
+    q, k, v = qkv()
+    return comfy.sample(lambda o: [comfy.attention.optimized_attention(q, k, v, HEADS, transformer_options=o) for _ in range(8)],
+                        sigmas=(3.0, 2.0, 1.0, 0.0), **kwargs)
+
+
+def test_the_run_has_the_error_and_the_file_every_step(comfy, configure, tmp_path):
+    configure(SPARSE.replace("[backends", f'log_file = "{tmp_path}/log.jsonl"\n[backends'))
+    run(comfy)
+    assert "3 calls sampled" in last().quality and last().milliseconds["near_far"] > 0
+    assert "error 0." in last().line() and "near_far 24" in last().line()
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["kind"] for line in lines] == ["step", "step", "step", "run"]
+    assert len({line["run"] for line in lines}) == 1 and {line["version"] for line in lines} == {telemetry.SCHEMA_VERSION}
+    step = lines[1]
+    assert (step["model"], step["step"], step["sigma"], step["calls"], step["max_head_dim"]) == ("Flux", 1, 2.0, {"near_far": 8}, 16)
+    assert [block["block"] for block in step["blocks"]] == list(range(8))
+    assert [sorted(block["figures"]) for block in step["blocks"] if block["figures"]] == [sorted(guard.FIGURES)]
+    assert 0 < sum(block["figures"].get("quality_raw", 0) for block in step["blocks"]) < 1
+    assert lines[3]["schedule"] == [3, 2, 1, 0] and lines[3]["settings"]["taylor_patch"]["backend"] == "near_far"
+
+
+def test_quality_check_off(comfy, configure):
+    configure(SPARSE.replace("[backends", "quality_check = false\n[backends"))
+    run(comfy)
+    assert last().quality == "" and last().calls == {"near_far": 24}
+
+
+def test_a_guard_that_fails_costs_one_line(comfy, configure, monkeypatch, caplog):
+    configure(SPARSE)
+    monkeypatch.setattr(guard, "figures", lambda *_: 1 / 0)
+    run(comfy)
+    assert last().calls == {"near_far": 24} and last().quality == ""
+    assert len([r for r in caplog.records if "quality check failed (ZeroDivisionError" in r.getMessage()]) == 1
+
+
+def test_a_log_file_that_cannot_be_written_costs_one_line(comfy, configure, tmp_path, caplog):
+    configure(SPARSE.replace("[backends", f'log_file = "{tmp_path}"\n[backends'))
+    run(comfy)
+    assert last().calls == {"near_far": 24}
+    assert len([r for r in caplog.records if "cannot be written" in r.getMessage()]) == 1
+
+
+def test_the_log_file_is_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr(telemetry, "LOG_FILE_LIMIT", 200)
+    file = LogFile(tmp_path / "log.jsonl")
+    for number in range(20):
+        file.write("step", "r", {"number": number})
+    rows = [json.loads(line)["number"] for name in ("log.jsonl.1", "log.jsonl") for line in (tmp_path / name).read_text().splitlines()]
+    assert rows == list(range(rows[0], 20)) and len(rows) < 12
+
+
+def test_values_that_are_not_finite_are_null(comfy, configure, tmp_path, monkeypatch):
+    configure(SPARSE.replace("[backends", f'log_file = "{tmp_path}/log.jsonl"\n[backends'))
+    monkeypatch.setattr(engines, "checks_later", lambda device: True)
+    broken_backend(monkeypatch, lambda call: call.q * torch.nan)
+    run(comfy)
+    lines = [json.loads(line, parse_constant=lambda name: pytest.fail(name)) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["kind"] for line in lines] == ["step", "step", "step", "step", "run"]
+
+
+@pytest.mark.parametrize(("settings", "calls"), [("end_percent = 0.5", {"exact": 8, "near_far": 16}),
+                                                 ("start_percent = 0.4\nend_percent = 0.5", {"exact": 16, "near_far": 8})])
+def test_end_percent(comfy, configure, settings, calls):
+    configure(SPARSE.replace("[backends", f"{settings}\n[backends"))
+    run(comfy)
+    assert last().calls == calls and "after end_percent" in last().fallbacks
