@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from taylor_patch import calibration
 from taylor_patch.backends.base import Backend
 from taylor_patch.call import AttentionCall
 from taylor_patch.config import Config
@@ -75,6 +76,11 @@ class Router:
             found = self._least[device] = self._find_least(device)
         return found
 
+    def crossover(self, backend: Backend, device: torch.device) -> int | None:
+        """Tokens from which `auto` may use `backend`: as measured on this machine, else as the backend was measured; None for never."""
+        here = calibration.measured(device)
+        return here[backend.name] if backend.name in here else backend.crossover_tokens(device)
+
     def _find_least(self, device: torch.device) -> tuple[float, str]:
         settings = self.config.settings
         if settings.min_tokens != "auto":
@@ -83,7 +89,7 @@ class Router:
             wanted = (1, "no tokens")
         if settings.backend != "auto" or self.config.rules:
             return wanted
-        measured = [tokens for backend in self.by_priority if (tokens := backend.crossover_tokens(device)) is not None]
+        measured = [tokens for backend in self.by_priority if (tokens := self.crossover(backend, device)) is not None]
         if not measured:
             return math.inf, f"no backend is measured to be faster on {device.type}"
         if settings.min_tokens == "auto":
@@ -137,7 +143,7 @@ class Router:
         for backend in self.by_priority:
             if backend.name == "sdpa":
                 continue
-            crossover = backend.crossover_tokens(call.q.device)
+            crossover = self.crossover(backend, call.q.device)
             if crossover is None:
                 passed_over.append(f"{backend.name}: not measured to be faster on {call.q.device.type}")
             elif self.config.settings.min_tokens == "auto" and tokens < crossover:

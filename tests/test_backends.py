@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 import taylor_patch
 from taylor_patch.backends import near_far
 from taylor_patch.backends.base import Fallback
-from taylor_patch.backends.taylor_torch import TaylorOptions, TaylorTorch
+from taylor_patch.backends.taylor import TaylorOptions
+from taylor_patch.backends.taylor_torch import TaylorTorch
 from taylor_patch.backends.tiles import tile_index
 from taylor_patch.call import AttentionCall, TokenGrid
 from taylor_patch.errors import BackendRefused

@@ -18,7 +18,7 @@ def run(*words, status=0):
     return result.output if status else result.stdout
 
 
-COMMANDS = [["demo"], ["report"], ["watch"], ["compare"], ["doctor"], ["run"], ["backends"], ["plugins"], ["config"],
+COMMANDS = [["demo"], ["bench"], ["report"], ["watch"], ["compare"], ["doctor"], ["run"], ["backends"], ["plugins"], ["config"],
             *(["config", name] for name in ("init", "show", "explain", "check", "schema"))]
 
 

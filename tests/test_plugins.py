@@ -18,7 +18,7 @@ from taylor_patch.backends.base import Backend
 from taylor_patch.errors import BackendRefused, PluginError
 from taylor_patch.router import Router
 
-BUILT_IN = {"near_far", "taylor_torch", "sdpa"}
+BUILT_IN = {"near_far", "triton_full", "triton_fused", "taylor_torch", "sdpa"}
 
 
 class Good(Backend):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from taylor_patch.cli import reports
+from taylor_patch.cli import benchmark, reports
 
 if TYPE_CHECKING:
     from taylor_patch.plugins import Registry
@@ -39,7 +39,7 @@ def main() -> None:
     """
 
 
-for command in (reports.report, reports.watch, reports.compare):
+for command in (benchmark.bench, reports.report, reports.watch, reports.compare):
     main.add_command(command)
 
 

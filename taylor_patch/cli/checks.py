@@ -27,12 +27,13 @@ def backend_rows() -> list[dict[str, Any]]:
 
     from taylor_patch.engine import engine
 
+    router = engine().router
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows = []
-    for backend in engine().router.by_priority:
+    for backend in router.by_priority:
         problems = [*backend.unavailable(), *([] if device.type in backend.devices else [f"not for {device.type}"])]
         rows.append({"name": backend.name, "summary": backend.summary, "priority": backend.priority, "reasons_against": problems,
-                     "auto_from_tokens": backend.crossover_tokens(device)})
+                     "auto_from_tokens": router.crossover(backend, device)})
     return rows
 
 

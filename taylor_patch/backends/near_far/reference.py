@@ -1,4 +1,4 @@
-"""`near_far`: exact near field, second-order Taylor (cumulant) far field per key block. Plain PyTorch, any device.
+"""near_far in plain PyTorch, any device: the oracle of the kernels, and the way where there is no Triton.
 
 Keys lie in blocks of 64 neighbours. A query block sees its important blocks exactly; every other block b is expanded
 around its mean. With n_b keys, mean k_b and v_b, and q already times scale:
@@ -12,42 +12,16 @@ S_w = mean within-block covariance of k, C_w = that of (k, v), t_b = tr(S_b) / m
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from taylor_patch.backends.base import Backend
 from taylor_patch.backends.tiles import BLOCK, tile_index
 from taylor_patch.call import AttentionCall, TokenGrid
 
 ROUTING_SAMPLES = 4
 """Sub-means of a query block that vote on its near blocks."""
 QUERY_BLOCKS_AT_ONCE = 8
-
-
-@dataclass(frozen=True)
-class NearFarOptions:
-    """Options of [backends.near_far]."""
-
-    min_tokens: int = 100
-    density: float | Literal["auto"] = "auto"
-    tail: Literal["cumulant", "zeroth", "none"] = "cumulant"
-
-    def problems(self) -> dict[str, str]:
-        """Option -> what is wrong with its value; empty when all is well."""
-        found = {}
-        if self.min_tokens < 1:
-            found["min_tokens"] = f"{self.min_tokens} is below 1"
-        if self.density != "auto" and not 0 < self.density <= 1:
-            found["density"] = f'{self.density} is not "auto" or above 0 and at most 1'
-        return found
-
-    def exact_share(self, target_error: float) -> float:
-        """Share of exact blocks for a relative L2 error aimed at; a fixed table where density is "auto"."""
-        if self.density != "auto":
-            return self.density
-        return 0.40 if target_error <= 0.02 else 0.15 if target_error <= 0.05 else 0.06
 
 
 @dataclass(frozen=True)
@@ -65,52 +39,36 @@ class Blocks:
     cov_kv: Tensor  # [D, D]: C_w
 
 
-class NearFar(Backend):
-    """Exact near field and cumulant far field; the tokens' grid must be known."""
+def workspace_nbytes(call: AttentionCall, density: float) -> int:
+    """Upper estimate for one head: blocks of q, k, v, the routing table, and the logits of a group of query blocks."""
+    _, _, n, head_dim = call.q.shape
+    blocks = -(-n // BLOCK)
+    outside = n - (call.grid.tokens if call.grid else 0)
+    rows = QUERY_BLOCKS_AT_ONCE * BLOCK
+    keys = blocks * BLOCK * min(1.0, 4 * density) + blocks + outside
+    gathered = QUERY_BLOCKS_AT_ONCE * keys * head_dim * 2
+    return int(4 * (4 * n * head_dim + (2 + ROUTING_SAMPLES) * blocks**2 + 3 * rows * keys + gathered + 4 * head_dim**2))
 
-    name = "near_far"
-    summary = "exact for important neighbours, second-order Taylor for the rest; accurate on trained models"
-    priority = 100
-    devices = frozenset({"cpu", "cuda", "mps", "xpu"})
-    head_dims = range(16, 257)
-    cross_attention = False
-    needs_grid = True
-    options_type = NearFarOptions
-    options: NearFarOptions
 
-    def reasons_against(self, call: AttentionCall) -> tuple[str, ...]:
-        """See Backend.reasons_against."""
-        reasons = list(super().reasons_against(call))
-        if call.q.shape[2] < self.options.min_tokens:
-            reasons.append(f"fewer tokens than min_tokens = {self.options.min_tokens}")
-        return tuple(reasons)
-
-    def workspace_nbytes(self, call: AttentionCall) -> int:
-        """Upper estimate for one head: blocks of q, k, v, the routing table, and the logits of a group of query blocks."""
-        _, _, n, head_dim = call.q.shape
-        blocks = -(-n // BLOCK)
-        outside = n - (call.grid.tokens if call.grid else 0)
-        rows = QUERY_BLOCKS_AT_ONCE * BLOCK
-        keys = blocks * BLOCK * min(1.0, 4 * self.options.exact_share(call.target_error)) + blocks + outside
-        gathered = QUERY_BLOCKS_AT_ONCE * keys * head_dim * 2
-        return int(4 * (4 * n * head_dim + (2 + ROUTING_SAMPLES) * blocks**2 + 3 * rows * keys + gathered + 4 * head_dim**2))
-
-    def run(self, call: AttentionCall) -> Tensor:
-        """See Backend.run."""
-        assert call.grid is not None  # reasons_against refuses a call without one
-        out = torch.empty(call.q.shape, dtype=call.q.dtype, device=call.q.device)
-        for b in range(call.q.shape[0]):
-            bias = None if call.key_mask is None else call.key_mask[b % call.key_mask.shape[0]]
-            for h in range(call.q.shape[1]):
-                kv_head = h * call.k.shape[1] // call.q.shape[1]
-                out[b, h] = attend_head(call.q[b, h] * call.scale, call.k[b, kv_head], call.v[b, kv_head], call.grid,
-                                        self.options.exact_share(call.target_error), self.options.tail, bias).to(out.dtype)
-        return out
+def attend(call: AttentionCall, density: float, tail: str = "cumulant") -> Tensor:
+    """near_far attention of a whole call, head by head -> [B, H, N, D] in q's dtype."""
+    assert call.grid is not None  # NearFar.reasons_against refuses a call without one
+    out = torch.empty(call.q.shape, dtype=call.q.dtype, device=call.q.device)
+    for b in range(call.q.shape[0]):
+        bias = None if call.key_mask is None else call.key_mask[b % call.key_mask.shape[0]]
+        for h in range(call.q.shape[1]):
+            kv_head = h * call.k.shape[1] // call.q.shape[1]
+            out[b, h] = attend_head(call.q[b, h] * call.scale, call.k[b, kv_head], call.v[b, kv_head], call.grid, density, tail,
+                                    bias).to(out.dtype)
+    return out
 
 
 def attend_head(q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid, density: float, tail: str = "cumulant",
-                bias: Tensor | None = None) -> Tensor:
-    """near_far attention of one head: q (times scale), k, v [N, D], bias [N] additive -> [N, D] in float32 or wider."""
+                bias: Tensor | None = None, near: Tensor | None = None) -> Tensor:
+    """near_far attention of one head: q (times scale), k, v [N, D], bias [N] additive -> [N, D] in float32 or wider.
+
+    near [n_blocks, n_blocks] bool takes the place of the routing where it is given.
+    """
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     bias = torch.zeros_like(k[:, 0]) if bias is None else bias.to(dtype)
@@ -120,7 +78,7 @@ def attend_head(q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid, density: float
     outside[grid.start : grid.start + grid.tokens] = False
     blocks = gather_blocks(k, v, bias, index, filled)
     q_blocks = q[index]
-    near = route(q_blocks, filled, blocks, density)
+    near = route(q_blocks, filled, blocks, density) if near is None else near
     out = torch.empty_like(q)
     out[outside] = torch.softmax(q[outside] @ k.T + bias, -1) @ v
     text = (k[outside], v[outside], bias[outside])

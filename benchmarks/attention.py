@@ -1,0 +1,238 @@
+"""Time of attention against the number of tokens, near_far beside exact attention: `python -m benchmarks.attention [--quick]`.
+
+Times are those of a whole call, preparation, routing and permutation included. Before a provider is timed, it is checked at a
+small size of the same kind (exact providers against float64; near_far against its plain version in float64, with the near
+blocks that its kernels chose); one that fails is reported and not timed. rel_l2_* are |out - exact| / |exact| per head on 64
+sampled query rows of the timed input, so that for near_far they depend on the input:
+
+    normal   white noise: blocks have nothing in common, near blocks lie anywhere (the hardest case for memory traffic)
+    smooth   a smooth field plus noise: near blocks are neighbours
+    trained  q, k and v of the demo's model, picture 17 at 256 px, 12 calls side by side as 24 heads
+
+One JSON line per provider and case is appended to FILE.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks.trained import captured
+from taylor_patch.backends.near_far import NearFar, NearFarOptions, op, plan, reference
+from taylor_patch.call import AttentionCall, TokenGrid
+
+GRIDS = {4_608: TokenGrid(1, 72, 64), 8_192: TokenGrid(1, 128, 64), 16_896: TokenGrid(1, 132, 128), 33_280: TokenGrid(1, 208, 160),
+         66_048: TokenGrid(1, 344, 192), 118_784: TokenGrid(1, 464, 256), 119_056: TokenGrid(33, 45, 80, 256),
+         16_400: TokenGrid(1, 128, 128, 16)}
+"""Tokens -> where they lie. 119,056: HunyuanVideo, 129 frames at 720p with 256 text tokens; 16,400: the demo's model at 256 px."""
+ROWS = 64
+"""Query rows of each head that are compared with exact attention."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """Shapes, kind of input and provider."""
+
+    provider: str
+    n: int
+    data: str = "normal"
+    density: float | None = None
+    b: int = 1
+    h: int = 24
+    d: int = 128
+    dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"data": self.data} | ({} if self.density is None else {"density": self.density})
+
+
+def cases(quick: bool) -> Iterator[Case]:
+    """The cases of docs/performance.md."""
+    sizes = (4_608, 16_896) if quick else (4_608, 8_192, 16_896, 33_280, 66_048, 118_784)
+    for n in sizes:
+        for density in (0.05, 0.1, 0.2):
+            yield Case("near_far", n, density=density)
+        yield Case("near_far", n, "smooth", 0.05)
+        yield Case("near_far", n, density=0.05, d=64)
+        yield Case("cudnn", n)
+        if n < 100_000:
+            yield Case("flash", n)
+        yield Case("cudnn", n, d=64)
+        yield Case("sage", n)
+    if not quick:
+        yield Case("near_far", 119_056, density=0.05)
+        for density in (0.05, 0.1, 0.2):
+            yield Case("near_far", 16_400, "trained", density)
+        yield Case("cudnn", 16_400, "trained")
+
+
+@lru_cache(maxsize=1)
+def inputs(n: int, data: str, b: int, h: int, d: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v [b, h, n, d] on the GPU."""
+    if data == "trained":
+        calls = captured(picture=17, size=256, steps=24, at=tuple(range(2, 5)))[:12]
+        return tuple(torch.cat([call[i] for call in calls], 1)[:, :h].contiguous() for i in range(3))  # type: ignore[return-value]
+    gen = torch.Generator("cuda").manual_seed(1)
+    made = []
+    for _ in range(3):
+        x = torch.randn(b, h, n, d, generator=gen, device="cuda", dtype=dtype)
+        if data == "smooth":
+            grid = GRIDS[n]
+            field = torch.randn(b * h, d, grid.h // 8, grid.w // 8, generator=gen, device="cuda")
+            field = F.interpolate(field, (grid.h, grid.w), mode="bilinear").flatten(2).transpose(1, 2).view(b, h, grid.tokens, d)
+            x = (0.7 * x.float() + 1.4 * field).to(dtype)
+        made.append(x)
+    return tuple(made)  # type: ignore[return-value]
+
+
+def near_far(case: Case) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """The backend, called as the router calls it."""
+    backend = NearFar(NearFarOptions(density=case.density or "auto"))
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return backend.run(AttentionCall(q, k, v, q.shape[-1] ** -0.5, grid=GRIDS[q.shape[2]]))
+
+    return run
+
+
+def exact(kernel: SDPBackend) -> Callable[[Case], Callable[[Tensor, Tensor, Tensor], Tensor]]:
+    """SDPA with one kernel of torch."""
+    def provider(case: Case) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            with sdpa_kernel(kernel):
+                return F.scaled_dot_product_attention(q, k, v)
+
+        return run
+
+    return provider
+
+
+def sage(case: Case) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """SageAttention, where it is installed."""
+    from sageattention import sageattn
+
+    return sageattn
+
+
+PROVIDERS: dict[str, Callable[[Case], Callable[[Tensor, Tensor, Tensor], Tensor]]] = {
+    "near_far": near_far, "cudnn": exact(SDPBackend.CUDNN_ATTENTION), "flash": exact(SDPBackend.FLASH_ATTENTION), "sage": sage}
+
+
+def relative(out: Tensor, ref: Tensor) -> Tensor:
+    """|out - ref| / |ref| per head."""
+    return ((out.double() - ref).norm(dim=(-2, -1)) / ref.norm(dim=(-2, -1))).flatten()
+
+
+def softmax_rows(q: Tensor, k: Tensor, v: Tensor, rows: Tensor) -> Tensor:
+    """Exact attention of some query rows in float64, head by head: [B, H, rows, D]."""
+    heads = [torch.softmax(q[:, h, rows].double() @ k[:, h].double().transpose(1, 2) * q.shape[-1] ** -0.5, -1) @ v[:, h].double()
+             for h in range(q.shape[1])]
+    return torch.stack(heads, 1)
+
+
+@lru_cache(maxsize=64)
+def gate(provider: str, d: int, dtype: torch.dtype) -> float:
+    """Error at 2,048 tokens over the error of SDPA in the same dtype; at most 2 passes (sage, which is 8-bit: 20)."""
+    gen = torch.Generator("cuda").manual_seed(2)
+    q, k, v = (torch.randn(1, 2, 2_048, d, generator=gen, device="cuda", dtype=dtype) for _ in range(3))
+    rows = torch.arange(2_048, device="cuda")
+    ref = softmax_rows(q, k, v, rows)
+    rounding = float(relative(F.scaled_dot_product_attention(q, k, v), ref).max())
+    if provider != "near_far":
+        return float(relative(PROVIDERS[provider](Case(provider, 2_048))(q, k, v), ref).max()) / rounding
+    grid = TokenGrid(1, 32, 64)
+    sizes = plan.of_call(AttentionCall(q, k, v, d**-0.5, grid=grid))
+    space, out = sizes.allocate(q.device), op.empty_output(q)
+    op.prepare(sizes, space, q, k, v, None, 0, 2)
+    op.select(sizes, space, 2, d**-0.5, 0.2)
+    op.attend_round(sizes, space, q, out, 0, 2, d**-0.5, "cumulant")
+    near = space["far"][:, 0, :, : sizes.image_blocks].isneginf()
+    ref = torch.stack([reference.attend_head(q[0, h].double() * d**-0.5, k[0, h].double(), v[0, h].double(), grid, 0.2, near=near[h])
+                       for h in range(2)])[None]
+    return float(relative(out, ref).max()) / rounding
+
+
+def measure(run: Callable[[], Tensor], reps: int) -> tuple[list[float], float]:
+    """(sorted times in ms, peak temporary MiB) after two warm-up calls."""
+    run()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out = run()
+    torch.cuda.synchronize()
+    peak = (torch.cuda.max_memory_allocated() - before - out.numel() * out.element_size()) / 2**20
+    del out
+    marks = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(reps)]
+    for start, end in marks:
+        start.record()
+        run()
+        end.record()
+    torch.cuda.synchronize()
+    return sorted(start.elapsed_time(end) for start, end in marks), peak
+
+
+def row(case: Case, reps: int, environment: dict[str, Any]) -> dict[str, Any]:
+    """The result of one case, or why there is none."""
+    what = {"provider": case.provider, "b": case.b, "h": case.h, "n": case.n, "d": case.d, "dtype": str(case.dtype).removeprefix("torch."),
+            "options": case.options}
+    try:
+        passed = gate(case.provider, case.d, case.dtype)
+    except ImportError as error:
+        return {**what, "skipped": str(error), **environment}
+    if passed > (20 if case.provider == "sage" else 2.0):
+        return {**what, "failed": f"error is {passed:.2f} times that of SDPA", **environment}
+    q, k, v = inputs(case.n, case.data, case.b, case.h, case.d, case.dtype)
+    run = PROVIDERS[case.provider](case)
+    times, peak = measure(lambda: run(q, k, v), reps if case.provider == "near_far" else max(3, reps // 2))
+    rows = torch.randperm(case.n, generator=torch.Generator().manual_seed(0))[:ROWS].cuda()
+    errors = relative(run(q, k, v)[:, :, rows], softmax_rows(q, k, v, rows))
+    quantiles = statistics.quantiles(times, n=5)
+    return {**what, "median_ms": round(statistics.median(times), 4), "p20_ms": round(quantiles[0], 4), "p80_ms": round(quantiles[3], 4),
+            "peak_mib": round(peak, 1), "rel_l2_median": round(float(errors.median()), 6), "rel_l2_p90": round(float(errors.quantile(0.9)), 6),
+            "gate": round(passed, 3), **environment}
+
+
+def describe(commit: str) -> dict[str, Any]:
+    """GPU, versions, commit and time (UTC)."""
+    import triton
+
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    driver = subprocess.run(query, capture_output=True, text=True).stdout.strip()
+    return {"gpu": torch.cuda.get_device_name(), "driver": driver, "torch": torch.__version__, "triton": triton.__version__, "commit": commit,
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+
+
+def main() -> None:
+    """Measure every case and append the rows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="two sizes only")
+    parser.add_argument("--reps", type=int, default=10)
+    parser.add_argument("--commit", default="unknown", help="recorded with the rows")
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results") / "attention.jsonl")
+    arguments = parser.parse_args()
+    environment = describe(arguments.commit)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    with arguments.out.open("a", encoding="utf-8") as file:
+        for case in cases(arguments.quick):
+            result = row(case, arguments.reps, environment)
+            file.write(json.dumps(result) + "\n")
+            file.flush()
+            print(*(f"{key}={result[key]}" for key in result if key not in environment and key not in ("b", "h", "dtype")), flush=True)
+
+
+if __name__ == "__main__":
+    main()

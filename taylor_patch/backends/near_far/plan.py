@@ -1,0 +1,201 @@
+"""Sizes of a near_far call on the GPU: blocks, tuned tiles and temporary memory, from shapes only."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import torch
+from torch import Tensor
+
+from taylor_patch.backends.tiles import BLOCK, tile_shape
+from taylor_patch.call import AttentionCall, TokenGrid
+
+WORKSPACE_LIMIT = 960 * 2**20
+"""Bytes of temporary memory that a call aims to stay below; heads go in as many rounds as that takes, at least one head each."""
+COVARIANCE_PROGRAMS = 528
+"""Programs of the covariance kernel that are aimed at: a few for each of the 132 multiprocessors of a large GPU."""
+COLUMN_TILE = 128
+"""Most columns of a covariance that one program of the preparation makes."""
+ROUTING_SAMPLES = 4
+"""Means of a query block's quarters, which vote on its near blocks."""
+BINS = 1024
+"""Bins of the histogram of predicted masses."""
+
+CROSSOVER_TOKENS: dict[tuple[int, int], int] = {(9, 0): 8192}
+"""Compute capability -> least tokens at which near_far was measured to be faster than exact attention (docs/performance.md)."""
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Launch parameters of the attention kernel.
+
+    far: block means of one step of the far field. registers: limit per thread, 0 for none. tma: tiles of k and v come through the tensor
+    memory accelerator, where Triton has descriptors.
+    """
+
+    far: int = 64
+    warps: int = 4
+    stages: int = 2
+    registers: int = 0
+    tma: bool = False
+
+
+TUNED: dict[tuple[int, int, int], Tiles] = {
+    (9, 2, 64): Tiles(tma=True),
+    (9, 2, 128): Tiles(tma=True),
+}
+"""(major compute capability, bytes of an element, padded head_dim) -> tiles that were fastest."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is derived from the shapes of a call.
+
+    A lane is one key head of one batch element; `group` query heads share it. Blocks of 64 tokens, of keys and of queries alike, are the
+    image tiles in the order of tiles.tile_index, then the tokens outside the image.
+    """
+
+    batch: int
+    heads: int
+    heads_kv: int
+    tokens: int
+    head_dim: int
+    dtype: torch.dtype
+    masked: bool
+    grid: TokenGrid
+    tiles: Tiles
+
+    @cached_property
+    def group(self) -> int:
+        return self.heads // self.heads_kv
+
+    @cached_property
+    def lanes(self) -> int:
+        return self.batch * self.heads_kv
+
+    @cached_property
+    def dim(self) -> int:
+        """head_dim padded to a power of two."""
+        return max(16, 1 << (self.head_dim - 1).bit_length())
+
+    @cached_property
+    def column_tile(self) -> int:
+        """Columns of a covariance that one program of the preparation makes."""
+        return min(self.dim, COLUMN_TILE)
+
+    @cached_property
+    def tile(self) -> tuple[int, int, int]:
+        return tile_shape(self.grid)
+
+    @cached_property
+    def image_blocks(self) -> int:
+        return math.prod(-(-size // part) for size, part in zip((self.grid.t, self.grid.h, self.grid.w), self.tile, strict=True))
+
+    @cached_property
+    def far_stride(self) -> int:
+        """image_blocks rounded up: length of the rows that the far field reads without masks."""
+        return -(-self.image_blocks // 128) * 128
+
+    @cached_property
+    def outside(self) -> int:
+        """Tokens outside the image."""
+        return self.tokens - self.grid.tokens
+
+    @cached_property
+    def blocks(self) -> int:
+        return self.image_blocks + -(-self.outside // BLOCK)
+
+    @cached_property
+    def score_steps(self) -> int:
+        """Tiles of 64 key blocks that one program of the scoring kernel goes through; one of them is counted in the histogram."""
+        return 1 << min(3, max(0, ((self.image_blocks - 1) // 128).bit_length() - 1))
+
+    @cached_property
+    def biased(self) -> bool:
+        """True where keys have a bias: a key mask, or blocks of fewer than 64 tokens."""
+        return self.masked or self.tokens != self.blocks * BLOCK
+
+    @cached_property
+    def splits(self) -> int:
+        """Programs of the preparation kernel per lane and part."""
+        return max(1, min(self.image_blocks, COVARIANCE_PROGRAMS // (2 * self.dim // self.column_tile * self.round_lanes)))
+
+    @cached_property
+    def round_lanes(self) -> int:
+        """Lanes of one round, so that the workspace stays below its limit."""
+        most = max(1, WORKSPACE_LIMIT // self._lane_nbytes)
+        return -(-self.lanes // -(-self.lanes // most))
+
+    @cached_property
+    def _lane_nbytes(self) -> int:
+        """Bytes of a lane but for the preparation's partial sums, which are small."""
+        return sum(math.prod(shape) * dtype.itemsize for name, shape, dtype in self._lane_buffers(1) if not name.startswith("partial"))
+
+    @cached_property
+    def buffers(self) -> tuple[tuple[str, tuple[int, ...], torch.dtype], ...]:
+        """(name, shape, dtype) of every temporary array of a round; the leading dimension is the lane."""
+        return tuple((name, (self.round_lanes, *shape), dtype) for name, shape, dtype in self._lane_buffers(self.splits))
+
+    def _lane_buffers(self, splits: int) -> Iterator[tuple[str, tuple[int, ...], torch.dtype]]:
+        """(name, shape of one lane, dtype) of every temporary array."""
+        dim, half, full = self.dim, self.dtype, torch.float32
+        yield "k", (self.blocks * BLOCK, dim), half
+        yield "v", (self.blocks * BLOCK, dim), half
+        yield "bias", (self.blocks * BLOCK if self.biased else 0,), full
+        yield "mean_k", (self.image_blocks, dim), half
+        yield "mean_v", (self.image_blocks, dim), half
+        yield "precise_k", (self.image_blocks, dim), full
+        yield "precise_v", (self.image_blocks, dim), full
+        yield "log_mass", (self.far_stride,), full
+        yield "trace", (self.far_stride,), full
+        yield "centre", (dim,), full
+        yield "covariance", (2 * dim, dim), half
+        yield "column_scale", (2 * dim,), full
+        yield "partial_covariance", (splits, 2 * dim, dim), full
+        yield "partial_mass", (splits, 2), full
+        yield "sample", (self.group, ROUTING_SAMPLES, self.image_blocks, dim), half
+        yield "sample_share", (ROUTING_SAMPLES, self.image_blocks), full
+        yield "log_total", (self.group, ROUTING_SAMPLES, self.image_blocks), full
+        yield "far", (self.group, self.image_blocks, self.far_stride), full
+        yield "histogram", (self.group, 2 * BINS), torch.int32
+        yield "list", (self.group, self.blocks, self.blocks), torch.int16 if self.blocks < 2**15 else torch.int32
+        yield "count", (self.group, self.blocks), torch.int32
+
+    @cached_property
+    def workspace_nbytes(self) -> int:
+        """Bytes of all temporary arrays of a round; the allocator hands out multiples of 512."""
+        return sum(-(-math.prod(shape) * dtype.itemsize // 512) * 512 for _, shape, dtype in self.buffers)
+
+    def allocate(self, device: torch.device) -> dict[str, Tensor]:
+        """The temporary arrays of a round, uninitialised."""
+        return {name: torch.empty(shape, dtype=dtype, device=device) for name, shape, dtype in self.buffers}
+
+
+def tiles_for(capability: tuple[int, int], dtype: torch.dtype, head_dim: int) -> Tiles:
+    """Tuned tiles where somebody measured, else ones that fit in shared memory nearly everywhere."""
+    dim = max(16, 1 << (head_dim - 1).bit_length())
+    fallback = Tiles(far=32, stages=1) if dim * dtype.itemsize > 256 else Tiles()
+    return TUNED.get((capability[0], dtype.itemsize, dim), fallback)
+
+
+@lru_cache(maxsize=256)
+def make(batch: int, heads: int, heads_kv: int, tokens: int, head_dim: int, dtype: torch.dtype, masked: bool, grid: TokenGrid,
+         capability: tuple[int, int]) -> Plan:
+    """The plan of a call of these shapes."""
+    return Plan(batch, heads, heads_kv, tokens, head_dim, dtype, masked, grid, tiles_for(capability, dtype, head_dim))
+
+
+def capability_of(device: torch.device) -> tuple[int, int]:
+    """Compute capability of an NVIDIA GPU, (0, 0) for anything else."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" and torch.version.hip is None else (0, 0)
+
+
+def of_call(call: AttentionCall) -> Plan:
+    """The plan of a call."""
+    assert call.grid is not None
+    batch, heads, tokens, head_dim = call.q.shape
+    capability = capability_of(call.q.device)
+    return make(batch, heads, call.k.shape[1], tokens, head_dim, call.q.dtype, call.key_mask is not None, call.grid, capability)

@@ -1,0 +1,233 @@
+"""What the global Taylor backends share: options, gates, refusals, and the rules for denominators."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from taylor_patch.backends.base import Backend, Fallback
+from taylor_patch.call import AttentionCall
+from taylor_patch.features import coefficients as series
+from taylor_patch.features.symmetric import feature_count
+
+log = logging.getLogger("taylor_patch")
+
+
+@dataclass(frozen=True)
+class TaylorOptions:
+    """Options of the global Taylor backends, under [backends.taylor_torch], [backends.triton_full], [backends.triton_fused].
+
+    Zero switches off qk_norm_clip, qk_norm_power, qk_norm_sigma_max, taylor_sigma_max, and stands for all values in
+    fused_value_chunk_size; -1 switches off taylor_layer_start and taylor_layer_end. Norms are those of whole heads, before
+    sub_head_blocks splits them.
+    """
+
+    P: int = 4
+    min_tokens: int = 100
+    max_feature_dim_R: int = 370_000
+    max_head_dim: int = 128
+    preset: Literal["none", "seed"] = "none"
+    sub_head_blocks: int = 1
+    center_keys: bool = True
+    coefficients: Literal["taylor", "hermite"] = "taylor"
+    block_size_q: int | Literal["auto"] = "auto"
+    block_size_k: int | Literal["auto"] = "auto"
+    qk_normalize: bool = False
+    qk_norm_clip: float = 0.0
+    qk_norm_power: float = 0.0
+    qk_norm_sigma_max: float = 0.0
+    scale_mul: float = 1.0
+    force_fp32: bool = False
+    denom_fp32: bool = True
+    eps: float = 1e-6
+    fallback_on_negative: bool = True
+    denom_fallback_frac_limit: float = 0.0
+    early_probe: bool = True
+    probe_samples: int = 16
+    fused_feature_chunk_size: int = 8192
+    fused_value_chunk_size: int = 0
+    s_store_bf16: bool = False
+    taylor_sigma_max: float = 0.0
+    taylor_layer_start: int = -1
+    taylor_layer_end: int = -1
+    allow_cross_attention: bool = True
+    log_shapes: bool = True
+    log_fallbacks: bool = True
+
+    def problems(self) -> dict[str, str]:
+        """Option -> what is wrong with its value; empty when all is well."""
+        found = {}
+        for name in ("P", "min_tokens", "max_feature_dim_R", "max_head_dim", "sub_head_blocks", "probe_samples", "fused_feature_chunk_size"):
+            if getattr(self, name) < 1:
+                found[name] = f"{getattr(self, name)} is below 1"
+        for name in ("qk_norm_clip", "qk_norm_power", "qk_norm_sigma_max", "fused_value_chunk_size", "taylor_sigma_max", "eps"):
+            if getattr(self, name) < 0:
+                found[name] = f"{getattr(self, name)} is below 0"
+        for name in ("block_size_q", "block_size_k"):
+            size = getattr(self, name)
+            if size != "auto" and size not in (16, 32, 64, 128, 256):
+                found[name] = f'{size} is not "auto" or one of 16, 32, 64, 128, 256'
+        for name in ("taylor_layer_start", "taylor_layer_end"):
+            if getattr(self, name) < -1:
+                found[name] = f"{getattr(self, name)} is below -1"
+        if self.scale_mul <= 0:
+            found["scale_mul"] = f"{self.scale_mul} is not above 0"
+        if not 0 <= self.denom_fallback_frac_limit <= 1:
+            found["denom_fallback_frac_limit"] = f"{self.denom_fallback_frac_limit} is outside 0 to 1"
+        if self.coefficients == "hermite" and not self.center_keys:
+            found["coefficients"] = '"hermite" needs center_keys = true: its logits are taken to have mean 0'
+        return found
+
+    def resolved(self) -> TaylorOptions:
+        """These options with the preset's values in place of those left at their defaults; preset is then "none"."""
+        if self.preset == "none":
+            return self
+        default = TaylorOptions()
+        changed = {name: value for name, value in SEED_PRESET.items() if getattr(self, name) == getattr(default, name)}
+        return dataclasses.replace(self, preset="none", **changed)  # type: ignore[arg-type]
+
+
+SEED_PRESET = {"P": 4, "sub_head_blocks": 4, "block_size_q": 32, "block_size_k": 16, "min_tokens": 100}
+"""The defaults of the experiment that this package comes from."""
+
+
+@dataclass(frozen=True)
+class DenominatorStats:
+    """Denominators of one call or of its probe: how many, the fraction not above eps, and their range."""
+
+    count: int
+    bad_fraction: float
+    least: float
+    greatest: float
+    mean: float
+
+    def __str__(self) -> str:
+        return (f"{self.bad_fraction:.4g} of {self.count} denominators not above eps "
+                f"(least {self.least:.4g}, greatest {self.greatest:.4g}, mean {self.mean:.4g})")
+
+
+class TaylorBackend(Backend):
+    """Base of the global Taylor backends: everything about a call except the arithmetic."""
+
+    options_type = TaylorOptions
+    options: TaylorOptions
+
+    def __init__(self, options: TaylorOptions | None = None) -> None:
+        super().__init__((options or TaylorOptions()).resolved())
+        self.last_probe: DenominatorStats | None = None
+        self.last_denominators: DenominatorStats | None = None
+
+    def reasons_against(self, call: AttentionCall) -> tuple[str, ...]:
+        """See Backend.reasons_against. Gates on sigma and block are looked at in run(): a choice is kept for many steps."""
+        o, head_dim = self.options, call.q.shape[-1]
+        reasons = list(super().reasons_against(call))
+        if min(call.q.shape[2], call.k.shape[2]) < o.min_tokens:
+            reasons.append(f"fewer tokens than min_tokens = {o.min_tokens}")
+        if head_dim > o.max_head_dim:
+            reasons.append(f"head_dim {head_dim} above max_head_dim = {o.max_head_dim}")
+        if head_dim % o.sub_head_blocks:
+            reasons.append(f"head_dim {head_dim} is not a multiple of sub_head_blocks = {o.sub_head_blocks}")
+        else:
+            block_dim = head_dim // o.sub_head_blocks
+            count = feature_count(block_dim, o.P)
+            if count > o.max_feature_dim_R:
+                reasons.append(f"R = {count} features above max_feature_dim_R = {o.max_feature_dim_R} "
+                               f"(head_dim {head_dim}, block_dim {block_dim}, P {o.P})")
+        if not o.allow_cross_attention and not call.self_attention:
+            reasons.append("allow_cross_attention = false")
+        return tuple(reasons)
+
+    def run(self, call: AttentionCall) -> Tensor:
+        """See Backend.run. Raises Fallback when a gate is shut or too many denominators are not above eps."""
+        self.last_probe = self.last_denominators = None
+        if self.options.log_shapes:
+            log.debug("taylor_patch: %s: q %s, k %s, %s, step %s, sigma %s, block %s", self.name, list(call.q.shape),
+                      list(call.k.shape), call.q.dtype, call.step, call.sigma, call.block)
+        try:
+            self._check_gates(call)
+            return self.attend(call)
+        except Fallback as reason:
+            if self.options.log_fallbacks:
+                log.debug("taylor_patch: %s: exact attention instead: %s", self.name, reason)
+            raise
+
+    def attend(self, call: AttentionCall) -> Tensor:
+        """The arithmetic of run(); calls check_denominators."""
+        raise NotImplementedError
+
+    def _check_gates(self, call: AttentionCall) -> None:
+        """Raise Fallback where sigma or block lies outside the options' ranges; what is not known shuts no gate."""
+        o = self.options
+        if o.taylor_sigma_max and call.sigma is not None and call.sigma > o.taylor_sigma_max:
+            raise Fallback(f"sigma above taylor_sigma_max = {o.taylor_sigma_max}")
+        if call.block is not None:
+            if o.taylor_layer_start >= 0 and call.block < o.taylor_layer_start:
+                raise Fallback(f"block below taylor_layer_start = {o.taylor_layer_start}")
+            if o.taylor_layer_end >= 0 and call.block > o.taylor_layer_end:
+                raise Fallback(f"block above taylor_layer_end = {o.taylor_layer_end}")
+
+    def scale(self, call: AttentionCall) -> float:
+        """Factor of q.k, scale_mul included."""
+        return call.scale * self.options.scale_mul
+
+    def norm_factor(self, x: Tensor, sigma: float | None) -> Tensor | None:
+        """Factor of every row of x [B, H, N, D] as float32 [B, H, N], or None where rows stay as they are.
+
+        In this order: L2 normalisation, clipping of the norm, division by norm ** qk_norm_power. Zero rows stay zero.
+        """
+        o = self.options
+        if not (o.qk_normalize or o.qk_norm_clip or o.qk_norm_power):
+            return None
+        if o.qk_norm_sigma_max and sigma is not None and sigma > o.qk_norm_sigma_max:
+            return None
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        norm = torch.linalg.vector_norm(x, dim=-1, dtype=dtype).clamp_min(torch.finfo(torch.float32).tiny ** 0.5)
+        factor = torch.ones_like(norm)
+        if o.qk_normalize:
+            factor, norm = 1 / norm, torch.ones_like(norm)
+        if o.qk_norm_clip:
+            factor = factor * (o.qk_norm_clip / norm).clamp_max(1)
+            norm = norm.clamp_max(o.qk_norm_clip)
+        if o.qk_norm_power:
+            factor = factor * norm**-o.qk_norm_power
+        return factor
+
+    def check_denominators(self, stats: DenominatorStats, probe: bool) -> None:
+        """Keep and log the statistics; raise Fallback when fallback_on_negative is set and the fraction exceeds the limit."""
+        o = self.options
+        what = "probe" if probe else "denominators"
+        if probe:
+            self.last_probe = stats
+        else:
+            self.last_denominators = stats
+        log.debug("taylor_patch: %s: %s: %s", self.name, what, stats)
+        if o.fallback_on_negative and stats.bad_fraction > o.denom_fallback_frac_limit:
+            raise Fallback(f"{'probe: ' if probe else ''}fraction {stats.bad_fraction:.1g} of denominators not above eps, "
+                           f"limit {o.denom_fallback_frac_limit:g}")
+
+
+def mask_weight(mask: Tensor) -> Tensor:
+    """Additive key mask [B, N_kv] -> weights exp(mask - max) [B, N_kv] in 0 to 1; 0 hides a key."""
+    top = mask.amax(1, keepdim=True)
+    return torch.where(top.isfinite(), torch.exp(mask - top), torch.zeros_like(mask))
+
+
+def denominators_of(power_sums: Tensor, hermite: bool) -> Tensor:
+    """Power sums of logits over the keys [..., P] (weights in power 0) -> denominators [...] divided by the sum of weights."""
+    terms = power_sums.shape[-1]
+    means = power_sums / power_sums[..., :1]
+    coefficient = series.hermite(terms, means[..., 2]) if hermite and terms > 2 else torch.ones_like(means)
+    factorials = torch.tensor([math.factorial(p) for p in range(terms)], dtype=means.dtype, device=means.device)
+    return (coefficient * means / factorials).sum(-1)
+
+
+def stats_of(summary: Tensor, count: int) -> DenominatorStats:
+    """[4] (bad ones, least, greatest, sum) of `count` denominators; one read from the device."""
+    bad, least, greatest, total = summary.tolist()
+    return DenominatorStats(count, bad / count, least, greatest, total / count)

@@ -1,0 +1,274 @@
+"""Launches of the Taylor kernels, as operators that torch.compile takes as they are. Triton is imported at the first launch."""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from taylor_patch.backends import taylor_tuned as tuned
+from taylor_patch.backends.taylor_plan import Chunk, Plan, item_nbytes
+from taylor_patch.features import symmetric
+from taylor_patch.features.tiles import BLOCK, layout, pair_table
+
+MOMENT_KEYS = 64
+PROBE_KEYS = 64
+
+
+def _ceil_power_of_two(n: int) -> int:
+    return max(16, 1 << (n - 1).bit_length())
+
+
+def split_scale(scale: float, queries: bool) -> tuple[float, float]:
+    """(root, ratio): keys are multiplied by root, a power of two near sqrt(scale) that does not round them; queries too where
+    `queries` is set. Weights of degree p get the rest, ratio^p. float16 needs both, for its range; elsewhere queries stay as they are.
+    """
+    if scale == 0:
+        return 1.0, 0.0
+    root = 2.0 ** round(math.log2(abs(scale)) / 2)
+    return root, scale / root**2 if queries else scale / root
+
+
+def _compute_dtype(dtype: torch.dtype, force_fp32: bool) -> torch.dtype:
+    return torch.float32 if force_fp32 else dtype
+
+
+def _precision(dtype: torch.dtype) -> dict[str, Any]:
+    """Constants of a kernel that makes products in `dtype`."""
+    import triton.language as tl
+
+    if dtype == torch.bfloat16 and os.environ.get("TRITON_INTERPRET") == "1":
+        dtype = torch.float32  # Triton's interpreter multiplies the bit patterns of bfloat16 as integers
+    names = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+    return {"DTYPE": names[dtype], "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32"}
+
+
+def _stages(dtype: torch.dtype) -> int:
+    """Pipeline stages of the kernels that read whole rows: two of float32 at 256 columns exceed the shared memory of a multiprocessor."""
+    return 1 if dtype == torch.float32 else 2
+
+
+def _arch(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
+def _geometry(plan: Plan) -> dict[str, int]:
+    return {"HEADS_KV": plan.heads_kv, "SUB": plan.sub_head_blocks, "D": plan.dim}
+
+
+class _Moments:
+    """Sums of degrees 0 and 1 of a group of states, divided by the sum of weights; root * k in place of k.
+
+    norm [states] = 1 / sum of weights; mean [states, dim] of the keys; constant [states, width]; linear [states, dim, width] in the
+    features' dtype; z_linear [states, dim] for keys that are not centred. All but linear float32.
+    """
+
+    def __init__(self, plan: Plan, first_state: int, states: int, columns: tuple[int, int], k: Tensor, v: Tensor,
+                 factor: Tensor | None, weight: Tensor | None, root: float, ratio: float, center: bool, dtype: torch.dtype) -> None:
+        from taylor_patch.backends import taylor_kernels as kernels
+
+        width, dim = columns[1] - columns[0], plan.dim
+        share, splits = _shares(plan.n_keys, plan.moment_splits(states), MOMENT_KEYS)
+        rows = min(64, _ceil_power_of_two(dim))
+        sums = torch.empty(splits, states, dim + 1, width + 1, dtype=torch.float32, device=k.device)
+        kernels._moments_kernel[(-(-dim // rows), states, splits)](
+            k, v, factor, weight, sums, plan.n_keys, share, root, states, first_state,
+            *k.stride(), *v.stride(), _weight_stride(weight), **_geometry(plan), DV=width, DV_PAD=_ceil_power_of_two(width),
+            V_FIRST=columns[0], ROWS=rows, BLOCK_N=MOMENT_KEYS, HAS_FACTOR=factor is not None, HAS_WEIGHT=weight is not None,
+            **_precision(dtype), num_warps=4, num_stages=_stages(dtype))
+        def empty(*shape: int, kind: torch.dtype = torch.float32) -> Tensor:
+            return torch.empty(states, *shape, dtype=kind, device=k.device)
+
+        self.norm, self.mean, self.constant, self.z_linear = empty(), empty(dim), empty(width), empty(dim)
+        self.linear = empty(dim, width, kind=dtype)
+        kernels._moments_finish_kernel[(-(-dim // rows), states)](
+            sums, self.norm, self.mean, self.constant, self.linear, self.z_linear, splits, ratio, D=dim, DV=width,
+            DV_PAD=_ceil_power_of_two(width), ROWS=rows, CENTER=center, num_warps=4)
+
+
+def _shares(n: int, splits: int, step: int) -> tuple[int, int]:
+    """(keys of a split, a multiple of the kernel's step; splits, none of them empty) for at most `splits`."""
+    share = -(-n // (splits * step)) * step
+    return share, -(-n // share)
+
+
+def _weight_stride(weight: Tensor | None) -> int:
+    return 0 if weight is None or weight.shape[0] == 1 else weight.stride(0)
+
+
+def _lead_tables(plan: Plan, chunk: Chunk, device: torch.device) -> tuple[Tensor | None, Tensor | None, int]:
+    """(leads [n, degree - 2] int32, 1 / prod(multiplicity!) [n] float32, rank of the first); none is needed up to degree 3."""
+    if chunk.degree <= 3:
+        return None, None, 0
+    first, last = layout(plan.dim, chunk.degree).lead_range(chunk.first, chunk.last)
+    dim = layout(plan.dim, chunk.degree).tiles * 8
+    indices, inverse = symmetric.tables.get(dim, chunk.degree - 2, first, last, device)
+    return indices.int().contiguous(), inverse.float(), first
+
+
+def _accumulate(plan: Plan, chunk: Chunk, first_state: int, states: int, columns: tuple[int, int], moments: _Moments, k: Tensor,
+                v: Tensor, factor: Tensor | None, weight: Tensor | None, root: float, ratio: float, center: bool, dtype: torch.dtype,
+                store: torch.dtype, denom_fp32: bool, block_k: int, leads: tuple[Tensor | None, Tensor | None, int]) -> Tensor:
+    """S and Z [states, 64 * blocks, row] of a chunk, in `store`."""
+    from taylor_patch.backends import taylor_kernels as kernels
+
+    width = columns[1] - columns[0]
+    padded = _ceil_power_of_two(width)
+    tile = tuned.choose("accumulate", _arch(k.device), padded, item_nbytes(dtype), block_k)
+    programs = -(-chunk.blocks // tile.blocks)
+    share, splits = _shares(plan.n_keys, plan.splits(states * -(-chunk.blocks // 2)), tile.rows)
+    shape = (states, chunk.blocks * BLOCK, -(-width // 16) * 16 + 16)
+    out = torch.empty(shape, dtype=store, device=k.device)
+    target = out if splits == 1 else torch.empty(splits, *shape, dtype=torch.float32, device=k.device)
+    pairs = pair_table(plan.dim, chunk.degree, k.device)
+    kernels._accumulate_kernel[(programs, states, splits)](
+        k, v, factor, weight, moments.mean, moments.norm, pairs, leads[0], leads[1], target,
+        plan.n_keys, share, root, ratio, states, first_state, chunk.first, chunk.last, leads[2], *k.stride(), *v.stride(),
+        _weight_stride(weight), **_geometry(plan), DV=width, DV_ROW=shape[2] - 16, DV_PAD=padded, V_FIRST=columns[0],
+        DEGREE=chunk.degree, PAIRS=len(pairs), PAIRS_PAD=_ceil_power_of_two(len(pairs)), BLOCKS=tile.blocks, BLOCK_N=tile.rows,
+        EVEN=plan.dim % 8 == 0, CENTER=center, HAS_FACTOR=factor is not None, HAS_WEIGHT=weight is not None, PARTIAL=splits > 1,
+        SPLIT_Z=denom_fp32, **_precision(dtype), num_warps=tile.warps, num_stages=tile.stages)
+    if splits > 1:
+        total = target.sum(0)
+        out.copy_(total)
+        if denom_fp32:
+            high = shape[2] - 16
+            out[..., high + 1] = total[..., high] - out[..., high].float()
+    return out
+
+
+def _evaluate(plan: Plan, chunk: Chunk, number: int, first_state: int, states: int, columns: tuple[int, int], moments: _Moments,
+              s: Tensor | None, q: Tensor, factor: Tensor | None, partial: tuple[Tensor | None, Tensor | None, Tensor | None],
+              out: Tensor, stats: Tensor, root: float, center: bool, eps: float, dtype: torch.dtype, tile: tuned.Tile,
+              leads: tuple[Tensor | None, Tensor | None, int]) -> None:
+    """Add a chunk's part to every query of the group; the first chunk starts and the last one finishes them."""
+    from taylor_patch.backends import taylor_kernels as kernels
+
+    width = columns[1] - columns[0]
+    chunks = plan.chunks
+    last = number == len(chunks) - 1
+    shape = layout(plan.dim, chunk.degree) if chunk.degree else None
+    first_pair, last_pair = (shape.pair_of(chunk.first), shape.pair_of(chunk.last - 1) + 1) if shape else (0, 0)
+    pairs = pair_table(plan.dim, chunk.degree, q.device) if chunk.degree else None
+    kernels._evaluate_kernel[(-(-plan.n_queries // tile.rows), states * plan.group)](
+        q, factor, s, moments.linear, moments.constant, moments.z_linear, pairs, leads[0], *partial, out, stats,
+        plan.n_queries, root, eps, first_state, chunk.first, chunk.last, first_pair, last_pair, leads[2],
+        *q.stride(), *out.stride(), **_geometry(plan), GROUP=plan.group, DV=width, DV_ROW=-(-width // 16) * 16,
+        DV_PAD=_ceil_power_of_two(width), V_FIRST=columns[0], P=plan.terms, DEGREE=chunk.degree, BLOCK_M=tile.rows,
+        LINEAR_STEP=min(64, _ceil_power_of_two(plan.dim)), EVEN=plan.dim % 8 == 0, HERMITE=plan.hermite, CENTER=center,
+        HAS_FACTOR=factor is not None, SCALED=dtype == torch.float16 or factor is not None, FIRST=number == 0,
+        FOLD=chunk.degree <= 2 and (last or chunks[number + 1].degree > 2), LAST=last, **_precision(dtype),
+        num_warps=tile.warps, num_stages=tile.stages)
+
+
+def make_plan(q_shape: torch.Size, k_shape: torch.Size, dtype: torch.dtype, terms: int, hermite: bool, sub_head_blocks: int,
+              feature_chunk: int, value_chunk: int, s_store_bf16: bool, force_fp32: bool, workspace_limit: int) -> Plan:
+    """The plan of a call; q_shape [B, H, N_q, D], k_shape [B, H_kv, N_kv, D]."""
+    store = torch.bfloat16 if s_store_bf16 else _compute_dtype(dtype, force_fp32)
+    return Plan(q_shape[0], q_shape[1], k_shape[1], q_shape[2], k_shape[2], q_shape[3] // sub_head_blocks, sub_head_blocks, terms,
+                hermite and terms > 2, feature_chunk, value_chunk, item_nbytes(store), workspace_limit)
+
+
+def _output(q: Tensor) -> Tensor:
+    """Uninitialised [B, H, N_q, D] that lies in memory as [B, N_q, H, D], the layout that ComfyUI's models ask for."""
+    batch, heads, n_queries, dim = q.shape
+    return torch.empty(batch, n_queries, heads, dim, dtype=q.dtype, device=q.device).transpose(1, 2)
+
+
+@torch.library.custom_op("taylor_patch::taylor_attention", mutates_args=(), schema=(
+    "(Tensor q, Tensor k, Tensor v, Tensor? q_factor, Tensor? k_factor, Tensor? key_weight, float scale, int terms, bool hermite, "
+    "bool center, int sub_head_blocks, int feature_chunk, int value_chunk, bool s_store_bf16, bool force_fp32, bool denom_fp32, "
+    "int block_q, int block_k, float eps, int workspace_limit) -> (Tensor, Tensor)"))
+def taylor_attention(q, k, v, q_factor, k_factor, key_weight, scale, terms, hermite, center, sub_head_blocks,  # type: ignore[no-untyped-def]
+                     feature_chunk, value_chunk, s_store_bf16, force_fp32, denom_fp32, block_q, block_k, eps, workspace_limit):
+    """Global Taylor attention.
+
+    q: [B, H, N_q, D]; k, v: [B, H_kv, N_kv, D], fp16, bf16 or fp32, any strides; q_factor [B, H, N_q], k_factor [B, H_kv, N_kv]:
+    float32 factors of rows, or None; key_weight: [B or 1, N_kv] float32 weights in 0 to 1, or None.
+    Returns out [B, H, N_q, D] in q's dtype, and [4] float32: how many denominators are not above eps, least, greatest, sum.
+    Without keys of positive weight, the result is NaN and every denominator counts as bad.
+    """
+    plan = make_plan(q.shape, k.shape, q.dtype, terms, hermite, sub_head_blocks, feature_chunk, value_chunk, s_store_bf16, force_fp32,
+                     workspace_limit)
+    dtype = _compute_dtype(q.dtype, force_fp32)
+    scaled = dtype == torch.float16 or q_factor is not None
+    root, ratio = split_scale(scale, scaled)
+    store = torch.bfloat16 if s_store_bf16 else dtype
+    out = _output(q)
+    tile = tuned.choose("evaluate", _arch(q.device), _ceil_power_of_two(plan.width), item_nbytes(dtype), block_q)
+    stats = torch.empty(plan.states * plan.group, -(-plan.n_queries // tile.rows), 4, dtype=torch.float32, device=q.device)
+    for columns in plan.value_columns:
+        for first_state in range(0, plan.states, plan.states_at_once):
+            states = min(plan.states_at_once, plan.states - first_state)
+            moments = _Moments(plan, first_state, states, columns, k, v, k_factor, key_weight, root, ratio, center, dtype)
+            partial = _partial_sums(plan, states, columns[1] - columns[0], q.device)
+            for number, chunk in enumerate(plan.chunks):
+                leads = _lead_tables(plan, chunk, q.device)
+                s = None
+                if chunk.blocks:
+                    s = _accumulate(plan, chunk, first_state, states, columns, moments, k, v, k_factor, key_weight, root, ratio, center,
+                                    dtype, store, denom_fp32, block_k, leads)
+                _evaluate(plan, chunk, number, first_state, states, columns, moments, s, q, q_factor, partial, out, stats, root, center,
+                          eps, dtype, tile, leads)
+                del s
+    return out, _summarise(stats)
+
+
+def _partial_sums(plan: Plan, states: int, width: int, device: torch.device) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Numerators, denominators and logit variances of a group between chunks; none where one chunk does it all."""
+    if len(plan.chunks) == 1:
+        return None, None, None
+    rows = (states * plan.group, plan.n_queries)
+    return (torch.empty(*rows, width, dtype=torch.float32, device=device), torch.empty(rows, dtype=torch.float32, device=device),
+            torch.empty(rows, dtype=torch.float32, device=device) if plan.hermite else None)
+
+
+def _summarise(stats: Tensor) -> Tensor:
+    """[..., 4] of parts -> [4]: number of bad ones, least, greatest, sum."""
+    from taylor_patch.backends import taylor_kernels as kernels
+
+    out = torch.empty(4, dtype=torch.float32, device=stats.device)
+    kernels._stats_kernel[(1,)](stats, out, stats.numel() // 4, BLOCK=1024, num_warps=8)
+    return out
+
+
+@taylor_attention.register_fake
+def _(q, k, v, q_factor, k_factor, key_weight, scale, terms, *options):  # type: ignore[no-untyped-def]
+    return _output(q), q.new_empty(4, dtype=torch.float32)
+
+
+@torch.library.custom_op("taylor_patch::taylor_probe", mutates_args=(), schema=(
+    "(Tensor q, Tensor k, Tensor v, Tensor? q_factor, Tensor? k_factor, Tensor? key_weight, float scale, int terms, bool hermite, "
+    "bool center, int sub_head_blocks, int samples, float eps) -> Tensor"))
+def taylor_probe(q, k, v, q_factor, k_factor, key_weight, scale, terms, hermite, center, sub_head_blocks, samples, eps):  # type: ignore[no-untyped-def]
+    """Denominators of `samples` evenly spaced queries a head, from the logits themselves: no features, one pass over the keys.
+
+    Arguments as in taylor_attention. Returns [4] float32: how many are not above eps, least, greatest, sum.
+    """
+    from taylor_patch.backends import taylor_kernels as kernels
+
+    plan = make_plan(q.shape, k.shape, q.dtype, terms, hermite, sub_head_blocks, 0, 0, False, False, 0)
+    samples = min(samples, plan.n_queries)
+    root, _ = split_scale(scale, False)
+    moments = _Moments(plan, 0, plan.states, (0, min(16, plan.dim)), k, v, k_factor, key_weight, root, 1.0, center, q.dtype)
+    rows = plan.states * plan.group
+    share, splits = _shares(plan.n_keys, plan.splits(rows), PROBE_KEYS)
+    padded = _ceil_power_of_two(samples)
+    sums = torch.empty(splits, rows, terms, padded, dtype=torch.float32, device=q.device)
+    kernels._probe_kernel[(rows, splits)](
+        q, k, q_factor, k_factor, key_weight, moments.mean, sums, plan.n_queries, plan.n_keys, share, samples,
+        root, scale / root, *q.stride(), *k.stride(), _weight_stride(key_weight), **_geometry(plan), GROUP=plan.group,
+        D_PAD=_ceil_power_of_two(plan.dim), SAMPLES=padded, P=terms, P_PAD=1 << (terms - 1).bit_length(), BLOCK_N=PROBE_KEYS,
+        HAS_Q_FACTOR=q_factor is not None, HAS_K_FACTOR=k_factor is not None, HAS_WEIGHT=key_weight is not None, CENTER=center,
+        **_precision(q.dtype), num_warps=4, num_stages=_stages(q.dtype))
+    stats = torch.empty(rows, 4, dtype=torch.float32, device=q.device)
+    kernels._probe_finish_kernel[(rows,)](sums, stats, splits, samples, eps, SAMPLES=padded, P=terms, HERMITE=plan.hermite, num_warps=1)
+    return _summarise(stats)
+
+
+@taylor_probe.register_fake
+def _(q, *rest):  # type: ignore[no-untyped-def]
+    return q.new_empty(4, dtype=torch.float32)

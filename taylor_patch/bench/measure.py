@@ -1,0 +1,166 @@
+"""Times on tensors of a model's shape, errors on the q, k, v of the demo's trained model."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from taylor_patch.backends.base import Backend, Fallback
+from taylor_patch.backends.sdpa import Sdpa
+from taylor_patch.call import AttentionCall, TokenGrid
+from taylor_patch.demo import model as demo_model
+from taylor_patch.guard import relative_error
+
+LADDER = (1024, 2048, 4096, 8192, 12288, 16384, 24576, 32768, 65536)
+"""Token counts at which --calibrate times."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One backend at one shape. ratio: exact attention's time over this one's. Errors: relative L2 on trained q, k, v."""
+
+    backend: str
+    milliseconds: float | None = None
+    ratio: float | None = None
+    peak_mib: float | None = None
+    error_median: float | None = None
+    error_p90: float | None = None
+    note: str = ""
+
+
+def smooth_call(heads: int, head_dim: int, grid: TokenGrid, device: torch.device, dtype: torch.dtype, target_error: float) -> AttentionCall:
+    """Random q, k, v that vary smoothly over the grid, as those of pictures do; text tokens are independent."""
+    generator = torch.Generator(device).manual_seed(0)
+    tokens = grid.tokens + grid.start
+    y, x, t = (torch.arange(n, device=device, dtype=torch.float32) for n in (grid.h, grid.w, grid.t))
+
+    def tensor() -> Tensor:
+        waves = torch.randn(3, heads, head_dim, generator=generator, device=device) * 0.25
+        phase = torch.rand(heads, head_dim, generator=generator, device=device) * 6.28
+        angle = (t[:, None, None, None, None] * waves[0] + y[:, None, None, None] * waves[1] + x[:, None, None] * waves[2] + phase)
+        image = angle.cos().reshape(grid.tokens, heads, head_dim)
+        text = torch.randn(grid.start, heads, head_dim, generator=generator, device=device)
+        noise = torch.randn(tokens, heads, head_dim, generator=generator, device=device) * 0.3
+        return (torch.cat([text, image]) + noise).to(dtype).transpose(0, 1)[None]
+
+    return AttentionCall(tensor() * 2, tensor() * 2, tensor(), scale=head_dim**-0.5, grid=grid, target_error=target_error)
+
+
+def milliseconds(work: Callable[[], Any], device: torch.device, seconds: float) -> float:
+    """Median time of one call after a warm-up, over about `seconds`, at least three calls."""
+    work()
+    _wait(device)
+    times: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(times) < 3 or (time.perf_counter() < end and len(times) < 200):
+        start = time.perf_counter()
+        work()
+        _wait(device)
+        times.append((time.perf_counter() - start) * 1000)
+    return statistics.median(times)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _peak_mib(work: Callable[[], Any], device: torch.device) -> float | None:
+    """Memory in MiB that the work takes at its peak beside its result, on CUDA."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    out = work()
+    _wait(device)
+    return (torch.cuda.max_memory_allocated(device) - before - out.numel() * out.element_size()) / 2**20
+
+
+def trained_calls(device: torch.device, dtype: torch.dtype, target_error: float, size: int = 128) -> Iterator[AttentionCall]:
+    """The attention calls of the demo's trained model half-way through the schedule, at size x size pixels."""
+    network, texts, vectors = demo_model.load(device)
+    found: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, **_: Any) -> Tensor:
+        found.append((q, k, v))
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+    x = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
+    with torch.no_grad():
+        network(x, torch.full((1,), 0.5, device=device), texts[17:18], vectors[17:18], attention, {})
+    side = size // network.patch_size
+    for q, k, v in found:
+        yield AttentionCall(q.to(dtype), k.to(dtype), v.to(dtype), scale=q.shape[-1] ** -0.5, target_error=target_error,
+                            grid=TokenGrid(1, side, side, start=texts.shape[1]))
+
+
+def errors(backend: Backend, calls: list[AttentionCall]) -> tuple[float, float] | None:
+    """(median, 90th percentile) over calls and heads of the relative L2 error against float32 attention; None where it refuses, or
+    where there is no call."""
+    found: list[float] = []
+    for call in calls:
+        if backend.reasons_against(call):
+            return None
+        exact = Sdpa().run(dataclasses.replace(call, q=call.q.float(), k=call.k.float(), v=call.v.float()))
+        try:
+            out = backend.run(call).float()
+        except Fallback:
+            return None
+        found += [float(relative_error(out[0, h], exact[0, h])) for h in range(out.shape[1])]
+    if not found:
+        return None
+    values = torch.tensor(found)
+    return float(values.quantile(0.5)), float(values.quantile(0.9))
+
+
+def compare(backends: list[Backend], call: AttentionCall, seconds: float, with_errors: bool = True) -> list[Row]:
+    """A row for exact attention and one for each backend, in one run on one device."""
+    device = call.q.device
+    exact = next((backend for backend in backends if backend.name == "sdpa"), Sdpa())
+    reference = milliseconds(lambda: exact.run(call), device, seconds)
+    calls = list(trained_calls(device, call.q.dtype, call.target_error)) if with_errors else []
+    median, p90 = errors(exact, calls) or (None, None)
+    rows = [Row("sdpa", reference, 1.0, _peak_mib(lambda: exact.run(call), device), median, p90)]
+    for backend in backends:
+        if backend.name == "sdpa":
+            continue
+        if reasons := backend.reasons_against(call):
+            rows.append(Row(backend.name, note="; ".join(reasons)))
+            continue
+        try:
+            spent = milliseconds(lambda backend=backend: backend.run(call), device, seconds)  # type: ignore[misc]
+            peak = _peak_mib(lambda backend=backend: backend.run(call), device)  # type: ignore[misc]
+        except Exception as error:  # one backend that fails must not end the table
+            rows.append(Row(backend.name, note=f"{type(error).__name__}: {error}"))
+            continue
+        median, p90 = errors(backend, calls) or (None, None)
+        note = "refuses the trained model's calls" if calls and median is None else ""
+        rows.append(Row(backend.name, spent, reference / spent, peak, median, p90, note))
+    return rows
+
+
+def crossovers(backends: list[Backend], heads: int, head_dim: int, device: torch.device, dtype: torch.dtype, target_error: float,
+               seconds: float, progress: Callable[[int], None]) -> dict[str, int | None]:
+    """Backend -> least tokens of LADDER from which it is faster than exact attention at every longer one timed, or None.
+
+    Stops where exact attention takes longer than a second a call.
+    """
+    faster: dict[str, int | None] = {}
+    for tokens in LADDER:
+        side = round(tokens**0.5 / 8) * 8
+        call = smooth_call(heads, head_dim, TokenGrid(1, side, tokens // side), device, dtype, target_error)
+        rows = compare(backends, call, seconds, with_errors=False)
+        for row in rows[1:]:
+            wins = row.ratio is not None and row.ratio > 1
+            faster[row.backend] = (faster.get(row.backend) or call.q.shape[2]) if wins else None
+        progress(call.q.shape[2])
+        if (rows[0].milliseconds or 0) > 1000:
+            break
+    return faster

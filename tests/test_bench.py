@@ -1,0 +1,135 @@
+"""`taylor-patch bench`, and the crossovers that `auto` takes from it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import taylor_patch
+from taylor_patch import calibration
+from taylor_patch import engine as engines
+from taylor_patch.backends.base import Backend
+from taylor_patch.backends.near_far import NearFar, NearFarOptions
+from taylor_patch.backends.sdpa import Sdpa
+from taylor_patch.bench import measure, shapes
+from taylor_patch.call import TokenGrid
+from tests.test_cli import run
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize(("name", "size", "frames", "tokens"), [
+    ("flux", (1024, 1024), 1, 4096 + 512), ("wan", (1280, 720), 81, 75600), ("wan", (832, 480), 81, 32760),
+    ("hunyuan", (1280, 720), 129, 118800 + 256), ("sdxl", (1024, 1024), 1, 4096)])
+def test_shapes_are_those_of_the_models(name, size, frames, tokens):
+    """Recorded from ComfyUI's model classes."""
+    grid = shapes.grid(shapes.FAMILIES[name], size, frames)
+    assert grid.tokens + grid.start == tokens
+
+
+def test_table():
+    words = ["bench", "--model", "sdxl", "--seconds", "0", "--device", "cpu", "--backend", "near_far"]
+    found = json.loads(run(*words, "--size", "256x256", "--json"))
+    assert found["tokens"] == 256 and found["device"] == "cpu"
+    exact, near_far = found["rows"]
+    assert exact["backend"] == "sdpa" and exact["ratio"] == 1 and exact["error_p90"] < 1e-5
+    assert near_far["backend"] == "near_far" and near_far["milliseconds"] > 0 and 0.001 < near_far["error_median"] < 0.05
+    assert near_far["ratio"] == pytest.approx(exact["milliseconds"] / near_far["milliseconds"])
+    small = json.loads(run(*words, "--size", "128x128", "--json"))["rows"][1]
+    assert small["note"] == "fewer tokens than min_tokens = 100" and small["ratio"] is None
+    assert "no backend is faster" in run(*words, "--size", "128x128")
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["--backend", "near_fra"], 'Did you mean "near_far"?'), (["--size", "big"], "is not like 2048x2048"),
+    (["--quality", "balancd"], "balanced"),
+    (["--model", "fluxx"], "flux")], ids=["backend", "size", "quality", "model"])
+def test_mistakes(words, message):
+    assert message in run("bench", *words, status=1 if words[0] in ("--backend", "--quality") else 2)
+
+
+class Late(Backend):
+    """Exact, and slower than exact attention below 4,000 tokens by a wait."""
+
+    name = "late"
+
+    def run(self, call):
+        import time
+
+        time.sleep(0.3 if call.q.shape[2] < 4000 else 0)
+        return call.q
+
+
+class Failing(Backend):
+    name = "failing"
+
+    def run(self, call):
+        raise RuntimeError("kernel broke")
+
+
+def test_one_that_fails_or_refuses_is_a_note():
+    call = measure.smooth_call(1, 16, TokenGrid(1, 8, 8), CPU, torch.float32, 0.05)
+    rows = {row.backend: row for row in measure.compare([Failing(), NearFar(), Sdpa()], call, 0, with_errors=False)}
+    assert rows["failing"].note == "RuntimeError: kernel broke" and rows["failing"].ratio is None
+    assert "fewer tokens than min_tokens" in rows["near_far"].note
+
+
+def test_crossovers(monkeypatch):
+    monkeypatch.setattr(measure, "LADDER", (1024, 2048, 4096, 8192))
+    seen = []
+    found = measure.crossovers([Late(), Failing(), Sdpa()], 4, 64, CPU, torch.float32, 0.05, 0, seen.append)
+    assert len(seen) == 4 and found["failing"] is None and found["late"] == seen[2] >= 4000
+
+
+def test_the_router_takes_what_was_measured_here(monkeypatch):
+    q, k, v = (torch.randn(1, 1, 1024, 16) for _ in range(3))
+
+    def chosen():
+        engines.reset()
+        choice = taylor_patch.explain(q, k, v, grid=(1, 32, 32))
+        return choice.backend.name if choice.backend else None
+
+    assert chosen() is None
+    calibration.store(CPU, {"near_far": 1000, "taylor_torch": None})
+    assert chosen() == "near_far" and calibration.measured(CPU) == {"near_far": 1000, "taylor_torch": None}
+    calibration.store(torch.device("meta"), {"near_far": 5})
+    assert chosen() == "near_far"
+    calibration.store(CPU, {"near_far": 2000})
+    assert chosen() is None
+    monkeypatch.setattr(NearFar, "crossover_tokens", lambda self, device: 10)
+    assert chosen() is None
+    calibration.store(CPU, {"near_far": None})
+    assert chosen() is None
+    calibration.path().unlink()
+    assert chosen() == "near_far"
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"version": 99}', '{"version": 1, "devices": {"cpu": {"near_far": "x"}}}', "[]"])
+def test_a_broken_file_is_one_line_and_no_crossover(content, caplog):
+    calibration.path().parent.mkdir(parents=True)
+    calibration.path().write_text(content)
+    assert calibration.measured(CPU) == {}
+    assert ("is not used" in caplog.text) == (content != '{"version": 99}')
+    calibration.store(CPU, {"near_far": 7})
+    assert calibration.measured(CPU) == {"near_far": 7}
+
+
+def test_calibrate_command(monkeypatch):
+    monkeypatch.setattr(measure, "LADDER", (256,))
+    found = json.loads(run("bench", "--calibrate", "--model", "sdxl", "--seconds", "0", "--device", "cpu", "--backend", "near_far", "--json"))
+    assert found == {"device": "cpu", "crossovers": dict(calibration.measured(CPU))} and set(found["crossovers"]) == {"near_far"}
+
+
+def test_errors_are_zero_for_exact_attention_and_grow_as_density_falls():
+    calls = list(measure.trained_calls(CPU, torch.float32, 0.05, size=48))
+    assert len(calls) == 5
+    dense, sparse = (measure.errors(NearFar(NearFarOptions(density=density)), calls) for density in (0.5, 0.1))
+    exact = measure.errors(Sdpa(), calls)
+    assert exact[1] < 1e-6 < dense[0] < sparse[0] < 0.2

@@ -1,0 +1,257 @@
+"""The Triton kernels of near_far against the plain version in float64: in Triton's interpreter, or on the GPU where there is one."""
+
+import math
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+
+from hypothesis import given, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+
+from taylor_patch.backends.near_far import NearFar, NearFarOptions, op, plan, reference  # noqa: E402
+from taylor_patch.backends.near_far.layout import block_tokens  # noqa: E402
+from taylor_patch.backends.tiles import tile_index  # noqa: E402
+from taylor_patch.call import AttentionCall, TokenGrid  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TMA = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 9
+gpu = pytest.mark.gpu
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+
+CASES = {
+    # batch, heads, key heads, text before, grid, text after, head_dim, dtype, masked, tail
+    "image, text first, float32": (1, 1, 1, 5, (1, 16, 16), 0, 64, torch.float32, False, "cumulant"),
+    "ragged image, text last": (1, 2, 2, 0, (1, 13, 19), 9, 40, torch.float16, False, "cumulant"),
+    "video, grouped heads": (1, 4, 2, 3, (5, 6, 7), 0, 128, torch.float16, False, "cumulant"),
+    "two masks, frames": (2, 2, 1, 66, (3, 9, 13), 0, 64, torch.float16, True, "cumulant"),
+    "head_dim 96": (1, 1, 1, 0, (4, 8, 8), 0, 96, torch.float16, False, "cumulant"),
+    "head_dim 256": (1, 1, 1, 4, (1, 16, 12), 0, 256, torch.float16, False, "cumulant"),
+    "zeroth tail": (1, 1, 1, 4, (1, 16, 24), 0, 64, torch.float16, False, "zeroth"),
+    "no tail": (1, 1, 1, 4, (1, 16, 24), 0, 64, torch.float16, False, "none"),
+}
+
+
+def make_call(batch, heads, heads_kv, before, sides, after, head_dim, dtype, masked, *, contiguous=True, seed=0, sharpness=1.5):
+    """Random q, k, v of neighbouring likeness, with their grid and mask."""
+    gen = torch.Generator().manual_seed(seed)
+    grid = TokenGrid(*sides, before)
+    tokens = before + grid.tokens + after
+
+    def random(count):
+        x = torch.randn(batch, tokens, count, head_dim, generator=gen) * sharpness
+        low = F.interpolate(torch.randn(batch * count, head_dim, *(-(-side // 4) for side in sides), generator=gen), sides, mode="trilinear")
+        x[:, before : before + grid.tokens] += low.view(batch, count, head_dim, -1).permute(0, 3, 1, 2)
+        x = x.to(dtype).to(DEVICE).transpose(1, 2)
+        return x.contiguous() if contiguous else x
+
+    q, k, v = random(heads), random(heads_kv), random(heads_kv)
+    mask = None
+    if masked:
+        mask = torch.zeros(batch, tokens)
+        mask[:, ::7] = -0.5
+        mask[-1, tokens // 3 : tokens // 2] = -torch.inf
+        mask = mask.to(DEVICE)
+    return AttentionCall(q, k, v, scale=head_dim**-0.5, key_mask=mask, grid=grid)
+
+
+def plan_of(call, tma=False):
+    batch, heads, tokens, head_dim = call.q.shape
+    tiles = plan.Tiles(tma=tma) if head_dim * call.q.element_size() <= 256 else plan.Tiles(far=32, stages=1)
+    return plan.Plan(batch, heads, call.k.shape[1], tokens, head_dim, call.q.dtype, call.key_mask is not None, call.grid, tiles)
+
+
+def poisoned(sizes, device=DEVICE):
+    """A workspace in which everything that is read before it is written shows."""
+    return {name: x.fill_(math.nan) if x.is_floating_point() else x.fill_(13) for name, x in sizes.allocate(device).items()}
+
+
+def near_blocks(sizes, space, head):
+    """[image blocks, image blocks] bool from the workspace."""
+    return space["far"].view(-1, sizes.image_blocks, sizes.far_stride)[head, :, : sizes.image_blocks].isneginf()
+
+
+def run_round(call, density, tail, tma=False):
+    """Output and near blocks of every head, from a poisoned workspace and output."""
+    sizes = plan_of(call, tma)
+    space = poisoned(sizes)
+    out = op.empty_output(call.q).fill_(math.nan)
+    assert sizes.round_lanes == sizes.lanes
+    op.prepare(sizes, space, call.q, call.k, call.v, call.key_mask, 0, sizes.lanes)
+    op.select(sizes, space, sizes.lanes, call.scale, density)
+    op.attend_round(sizes, space, call.q, out, 0, sizes.lanes, call.scale, tail)
+    heads = call.q.shape[0] * call.q.shape[1]
+    return out, [near_blocks(sizes, space, head) for head in range(heads)]
+
+
+def oracle(call, near, density, tail):
+    """float64, with the near blocks that the kernels chose."""
+    batch, heads = call.q.shape[:2]
+    out = torch.empty(call.q.shape, dtype=torch.float64, device=call.q.device)
+    for b in range(batch):
+        bias = None if call.key_mask is None else call.key_mask[b % call.key_mask.shape[0]].double()
+        for h in range(heads):
+            kv = h * call.k.shape[1] // heads
+            out[b, h] = reference.attend_head(call.q[b, h].double() * call.scale, call.k[b, kv].double(), call.v[b, kv].double(), call.grid,
+                                              density, tail, bias, near=near[b * heads + h])
+    return out
+
+
+def exact(call, dtype):
+    """SDPA in dtype."""
+    k, v = (x.repeat_interleave(call.q.shape[1] // call.k.shape[1], 1).to(dtype) for x in (call.k, call.v))
+    bias = None if call.key_mask is None else call.key_mask[:, None, None].to(dtype)
+    return F.scaled_dot_product_attention(call.q.to(dtype), k, v, attn_mask=bias, scale=call.scale)
+
+
+def error(a, b):
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+def rounding(call):
+    """Error of exact attention in the call's dtype."""
+    return error(exact(call, call.q.dtype), exact(call, torch.float64))
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_equals_the_plain_version(case):
+    call = make_call(*case[:-1])
+    before = [x.clone() for x in (call.q, call.k, call.v)]
+    out, near = run_round(call, 0.3, case[-1])
+    assert not all(bool(x.all()) for x in near)
+    assert error(out, oracle(call, near, 0.3, case[-1])) <= 1.5 * rounding(call)
+    assert all(torch.equal(a, b) for a, b in zip((call.q, call.k, call.v), before, strict=True))
+
+
+def test_descriptors_give_the_same():
+    if DEVICE == "cuda" and not TMA:
+        pytest.skip("no tensor memory accelerator")
+    pytest.importorskip("triton.tools.tensor_descriptor")
+    call = make_call(1, 2, 1, 5, (1, 16, 20), 0, 64, torch.float16, False)
+    with_tma, without = (run_round(call, 0.3, "cumulant", tma)[0] for tma in (True, False))
+    assert error(with_tma, without) < 1e-4
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["no mask", "two masks"])
+def test_density_one_is_exact_attention(masked):
+    call = make_call(2, 2, 1, 3, (1, 9, 14), 7, 64, torch.float16, masked, contiguous=False)
+    out, _ = run_round(call, 1.0, "cumulant")
+    assert error(out, exact(call, torch.float64)) <= 1.5 * rounding(call)
+
+
+def test_rounds_of_few_heads_give_the_same(monkeypatch):
+    call = make_call(2, 4, 2, 3, (1, 9, 14), 0, 40, torch.float16, True)
+    whole = op.attend(call, 0.3)
+    monkeypatch.setattr(plan, "WORKSPACE_LIMIT", 1)
+    plan.make.cache_clear()
+    assert plan_of(call).round_lanes == 1
+    assert torch.equal(op.attend(call, 0.3), whole)
+    plan.make.cache_clear()
+
+
+@given(st.integers(1, 5), st.integers(1, 12), st.integers(1, 12), st.integers(0, 70), st.integers(0, 9), st.sampled_from([16, 40, 64]),
+       st.booleans(), st.booleans(), st.floats(0.01, 1.0))
+@settings(max_examples=8, deadline=None, derandomize=True)
+def test_any_shape(t, h, w, before, after, head_dim, masked, contiguous, density):
+    call = make_call(1, 1, 1, before, (t, h, w), after, head_dim, torch.float32, masked, contiguous=contiguous, seed=t * h * w)
+    out, near = run_round(call, density, "cumulant")
+    assert bool(out.isfinite().all())
+    assert error(out, oracle(call, near, density, "cumulant")) < 1e-5
+
+
+HOSTILE = ("identical keys", "huge keys", "one-hot values", "a sink", "far from the origin")
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_hostile_inputs(kind):
+    call = make_call(1, 1, 1, 3, (1, 24, 24), 0, 64, torch.float32, False)
+    k, v = call.k, call.v
+    if kind == "identical keys":
+        k[:] = k[:, :, :1].clone()
+    elif kind == "huge keys":
+        k *= 30
+    elif kind == "one-hot values":
+        v[:] = 0
+        v[:, :, 100, 3] = 1
+    elif kind == "a sink":
+        k[:, :, 40] = 3 * call.q.mean(2)
+    else:
+        k += 50
+    out, near = run_round(call, 0.2, "cumulant")
+    expected = oracle(call, near, 0.2, "cumulant")
+    assert bool(out.isfinite().all())
+    assert float((out - expected).norm()) <= 2e-3 * float(expected.norm())
+
+
+@pytest.mark.parametrize("grid", [TokenGrid(1, 20, 28, 3), TokenGrid(1, 13, 9), TokenGrid(6, 9, 13, 2), TokenGrid(2, 7, 9)], ids=str)
+def test_tile_order_is_that_of_tile_index(grid):
+    @triton.jit
+    def write(out, filled_out, n, T, H, W, START, TT: triton.language.constexpr, TH: triton.language.constexpr,
+              TW: triton.language.constexpr):
+        place = triton.language.arange(0, 64)
+        block = triton.language.program_id(0)
+        token, filled = block_tokens(block, place, n, T, H, W, START, 0, TT, TH, TW)
+        triton.language.store(out + block * 64 + place, token)
+        triton.language.store(filled_out + block * 64 + place, filled.to(triton.language.int32))
+
+    index, filled = tile_index(grid)
+    token, is_filled = (torch.empty(index.shape, dtype=torch.int32, device=DEVICE) for _ in range(2))
+    from taylor_patch.backends.tiles import tile_shape
+    write[(index.shape[0],)](token, is_filled, index.shape[0], grid.t, grid.h, grid.w, grid.start, *tile_shape(grid))
+    assert torch.equal(is_filled.bool().cpu(), filled)
+    assert torch.equal(token.cpu()[filled].long(), index[filled] + grid.start)
+
+
+def test_near_blocks_are_the_most_massive():
+    call = make_call(1, 1, 1, 0, (1, 48, 56), 0, 16, torch.float32, False)
+    sizes = plan_of(call)
+    space = poisoned(sizes)
+    op.prepare(sizes, space, call.q, call.k, call.v, None, 0, 1)
+    op.select(sizes, space, 1, call.scale, 0.1)
+    near = near_blocks(sizes, space, 0)
+    index, filled = (x.to(DEVICE) for x in tile_index(call.grid))
+    blocks = reference.gather_blocks(call.k[0, 0], call.v[0, 0], torch.zeros(call.k.shape[2], device=DEVICE), index, filled)
+    wanted = reference.route((call.q[0, 0] * call.scale)[index], filled, blocks, 0.1)
+    assert abs(int(near.sum()) - int(wanted.sum())) <= 0.05 * int(wanted.sum())
+    assert int((near & wanted).sum()) >= 0.95 * int(wanted.sum())
+    counts, lists = space["count"][0, 0], space["list"][0, 0].long()
+    for row in range(near.shape[0]):
+        assert sorted(lists[row, : counts[row]].tolist()) == near[row].nonzero().flatten().tolist()
+
+
+def test_operator_passes_the_checks_of_torch():
+    call = make_call(1, 1, 1, 0, (1, 8, 16), 0, 16, torch.float32, False)
+    arguments = (call.q, call.k, call.v, None, [1, 8, 16, 0], call.scale, 0.5, "cumulant")
+    torch.library.opcheck(op.near_far, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_bfloat16_on_the_gpu(head_dim):
+    call = make_call(1, 4, 4, 77, (1, 64, 56), 0, head_dim, torch.bfloat16, False)
+    out, near = run_round(call, 0.1, "cumulant", TMA)
+    assert error(out, oracle(call, near, 0.1, "cumulant")) <= 1.5 * rounding(call)
+
+
+@gpu
+@needs_gpu
+def test_memory_is_as_stated_and_the_host_never_waits():
+    call = make_call(1, 8, 8, 0, (1, 128, 128), 0, 128, torch.bfloat16, False)
+    backend = NearFar(NearFarOptions(density=0.1))
+    backend.run(call)  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        out = backend.run(call)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    peak = torch.cuda.max_memory_allocated() - before - out.numel() * out.element_size()
+    assert abs(peak / backend.workspace_nbytes(call) - 1) < 0.05
