@@ -47,6 +47,7 @@ class Settings:
     quality_check: bool = True
     quality_check_samples: int = 16
     quality_check_log_every: int = 1
+    quality_limit: float = 2.0
     memory_reserve: bool = True
     memory_reserve_factor: float = 1.1
     memory_reserve_log: bool = True
@@ -66,6 +67,8 @@ class Settings:
         for key in ("start_percent", "end_percent"):
             if not 0 <= getattr(self, key) <= 1:
                 found[key] = f"{getattr(self, key)} is outside 0 to 1"
+        if self.quality_limit < 0:
+            found["quality_limit"] = f"{self.quality_limit} is below 0"
         if not 0 <= self.memory_reserve_factor <= 10:
             found["memory_reserve_factor"] = f"{self.memory_reserve_factor} is outside 0 to 10"
         for key in ("quality_check_samples", "quality_check_log_every"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import os
 import sys
 import threading
@@ -157,6 +158,9 @@ class Engine:
 
         On a GPU the check for values that are not finite is left on the device, in evaluation.answers.
         """
+        if (backend.name, call.signature, call.block) in run.too_far:
+            run.exact(f"{backend.name}: error above quality_limit in this block")
+            return None
         try:
             timer = Timer(call.q.device)
             out = backend.run(call)
@@ -180,6 +184,7 @@ class Engine:
             if evaluation is not None:
                 evaluation.max_head_dim = max(evaluation.max_head_dim, call.q.shape[-1])
                 evaluation.answers.append(Answer(backend.name, call.signature, call.block, finite, timer,
+                                                 call.target_error * (self.config.settings.quality_limit or math.inf),
                                                  self._figures(backend, call, out, evaluation), backend.denominators()))
             return out
         run.broken.add((backend.name, call.signature))
@@ -192,7 +197,7 @@ class Engine:
         """The guard's figures where this call is sampled. The guard must never cost the picture: what it raises turns it off."""
         settings = self.config.settings
         if self._guard_failed or not settings.quality_check or \
-                not guard.is_sampled(evaluation.calls, evaluation.step, settings.quality_check_log_every):
+                not guard.is_sampled(evaluation.calls, evaluation.step, settings.quality_check_log_every, not evaluation.run.sampled):
             return None
         try:
             return guard.figures(backend, call, out, settings.quality_check_samples, evaluation.calls + (evaluation.step or 0))

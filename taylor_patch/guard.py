@@ -16,13 +16,14 @@ scale * q.k."""
 
 SAMPLED_KEYS = 64
 EVERY_CALLS = 8
-"""One in so many calls of an evaluation is sampled, another one each step, so that the cost stays small against attention."""
+"""One in so many calls of an evaluation is sampled, another one each step, so that the cost stays small against attention; in the first
+evaluation of a run all are."""
 
 
-def is_sampled(call_number: int, step: int | None, every_steps: int) -> bool:
-    """Whether the call with this number in its evaluation is looked at."""
+def is_sampled(call_number: int, step: int | None, every_steps: int, first: bool) -> bool:
+    """Whether the call with this number in its evaluation is looked at. first: no evaluation of the run has been; then every call is."""
     step = step or 0
-    return step % every_steps == 0 and (call_number + step // every_steps) % EVERY_CALLS == 0
+    return first or (step % every_steps == 0 and (call_number + step // every_steps) % EVERY_CALLS == 0)
 
 
 def spread(total: int, count: int, seed: int, device: torch.device) -> Tensor:

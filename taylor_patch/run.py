@@ -93,6 +93,10 @@ class SamplingRun:
     fallbacks: Counter[str] = field(default_factory=Counter)
     broken: set[tuple[Any, ...]] = field(default_factory=set)
     """(backend, signature) pairs that failed in this run."""
+    too_far: set[tuple[Any, ...]] = field(default_factory=set)
+    """(backend, signature, block) whose sampled error exceeded the limit."""
+    sampled: bool = False
+    """Whether an evaluation of this run has been sampled."""
     known_exact: dict[Any, str] = field(default_factory=dict)
     """Shapes and arguments of calls that the router left to exact attention -> why."""
     sigmas: dict[float, float] = field(default_factory=dict)

@@ -58,6 +58,8 @@ class Answer:
     block: int | None
     finite: Tensor
     timer: Timer
+    limit: float = math.inf
+    """Sampled error from which the block is exact."""
     figures: Tensor | None = None
     denominators: Mapping[str, float] | None = None
 
@@ -99,21 +101,33 @@ class StepRecord:
         return [block.figures[name] for block in self.blocks if name in block.figures]
 
 
-def read(answers: Iterable[Answer]) -> tuple[list[BlockRecord], list[tuple[str, Any]]]:
-    """(records, (backend, signature) of the answers that are not finite), with one read from the device."""
+@dataclass(frozen=True)
+class Reading:
+    """The answers of an evaluation, read. not_finite: (backend, signature) of answers with values that are not finite. too_far: (backend,
+    signature, block) of answers whose sampled error exceeds their limit, with the error."""
+
+    blocks: tuple[BlockRecord, ...] = ()
+    not_finite: tuple[tuple[str, Any], ...] = ()
+    too_far: Mapping[tuple[str, Any, int | None], float] = field(default_factory=dict)
+
+
+def read(answers: Iterable[Answer]) -> Reading:
+    """Everything that the answers left on the device, with one read from it."""
     answers = list(answers)
     if not answers:
-        return [], []
+        return Reading()
     flat = torch.cat([answer.finite.reshape(1).float() for answer in answers]
                      + [answer.figures for answer in answers if answer.figures is not None]).tolist()
     finite, rest = flat[: len(answers)], iter(flat[len(answers) :])
-    records, bad = [], []
+    blocks, bad, far = [], [], {}
     for answer, flag in zip(answers, finite, strict=True):
         figures = {} if answer.figures is None else {name: next(rest) for name in FIGURES}
-        records.append(BlockRecord(answer.backend, answer.block, answer.timer.milliseconds(), figures, answer.denominators))
+        blocks.append(BlockRecord(answer.backend, answer.block, answer.timer.milliseconds(), figures, answer.denominators))
         if not flag:
             bad.append((answer.backend, answer.signature))
-    return records, bad
+        elif figures.get("quality_raw", 0.0) > answer.limit:
+            far[answer.backend, answer.signature, answer.block] = figures["quality_raw"]
+    return Reading(tuple(blocks), tuple(bad), far)
 
 
 def quality_text(records: Iterable[StepRecord]) -> str:

@@ -33,7 +33,8 @@ def test_demo_makes_picture_and_figures(tmp_path):
     rows = {row["backend"]: row for row in result["rows"]}
     assert list(rows) == ["sdpa", "near_far", "taylor_torch"]
     assert rows["sdpa"]["psnr_db"] is None and rows["sdpa"]["rel_l2_p90"] < 1e-5
-    assert rows["near_far"]["calls"] == {"near_far": 10} and rows["near_far"]["psnr_db"] > rows["taylor_torch"]["psnr_db"] + 5
+    assert rows["near_far"]["calls"]["near_far"] >= 5 and sum(rows["near_far"]["calls"].values()) == 10
+    assert rows["taylor_torch"]["calls"] == {"taylor_torch": 10} and rows["near_far"]["psnr_db"] > rows["taylor_torch"]["psnr_db"] + 5
     assert rows["taylor_torch"]["rel_l2_median"] > rows["near_far"]["rel_l2_median"] > rows["sdpa"]["rel_l2_median"]
     picture = Image.open(tmp_path / "made" / "comparison.png")
     assert picture.size[0] > 3 * 384 and len(picture.getcolors(1 << 24)) > 100

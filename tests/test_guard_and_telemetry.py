@@ -64,23 +64,25 @@ def test_rows_are_spread_repeatable_and_in_range():
 
 
 def test_every_call_is_sampled_in_some_step():
-    seen = {call for step in range(guard.EVERY_CALLS) for call in range(40) if guard.is_sampled(call, step, 1)}
+    seen = {call for step in range(guard.EVERY_CALLS) for call in range(40) if guard.is_sampled(call, step, 1, False)}
     assert seen == set(range(40))
-    assert sum(guard.is_sampled(call, 3, 1) for call in range(40)) == 5
-    assert not any(guard.is_sampled(call, step, 4) for call in range(40) for step in (1, 2, 3))
+    assert sum(guard.is_sampled(call, 3, 1, False) for call in range(40)) == 5 and guard.is_sampled(17, 3, 1, True)
+    assert not any(guard.is_sampled(call, step, 4, False) for call in range(40) for step in (1, 2, 3))
 
 
 def test_read_pairs_figures_with_their_calls():
     def answer(name, block, finite, figures=None):
         timer = Timer(torch.device("cpu"))
         timer.stop()
-        return Answer(name, ("shape", block), block, torch.tensor(finite), timer, figures)
+        return Answer(name, ("shape", block), block, torch.tensor(finite), timer, 50.0, figures)
 
     values = torch.arange(len(guard.FIGURES)).float()
-    records, bad = read([answer("a", 0, True), answer("a", 1, False, values), answer("b", 2, True, values + 100)])
+    reading = read([answer("a", 0, True), answer("a", 1, False, values), answer("b", 2, True, values + 100)])
+    records = reading.blocks
     assert [r.figures.get("quality_raw") for r in records] == [None, 0, 100] and records[2].figures["logit_max"] == 107
-    assert bad == [("a", ("shape", 1))] and all(0 <= r.milliseconds < 1000 for r in records)
-    assert read([]) == ([], [])
+    assert reading.too_far == {("b", ("shape", 2), 2): 100}
+    assert reading.not_finite == (("a", ("shape", 1)),) and all(0 <= r.milliseconds < 1000 for r in records)
+    assert read([]) == telemetry.Reading()
 
 
 def run(comfy, **kwargs):
@@ -92,7 +94,7 @@ def run(comfy, **kwargs):
 def test_the_run_has_the_error_and_the_file_every_step(comfy, configure, tmp_path):
     configure(SPARSE.replace("[backends", f'log_file = "{tmp_path}/log.jsonl"\n[backends'))
     run(comfy)
-    assert "3 calls sampled" in last().quality and last().milliseconds["near_far"] > 0
+    assert "10 calls sampled" in last().quality and last().milliseconds["near_far"] > 0
     assert "error 0." in last().line() and "near_far 24" in last().line()
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [line["kind"] for line in lines] == ["step", "step", "step", "run"]
@@ -103,6 +105,20 @@ def test_the_run_has_the_error_and_the_file_every_step(comfy, configure, tmp_pat
     assert [sorted(block["figures"]) for block in step["blocks"] if block["figures"]] == [sorted(guard.FIGURES)]
     assert 0 < sum(block["figures"].get("quality_raw", 0) for block in step["blocks"]) < 1
     assert lines[3]["schedule"] == [3, 2, 1, 0] and lines[3]["settings"]["taylor_patch"]["backend"] == "near_far"
+
+
+@pytest.mark.parametrize(("limit", "calls"), [("2.0", {"near_far": 8, "exact": 16}), ("0", {"near_far": 24})], ids=["on", "off"])
+def test_a_block_that_is_too_far_off_is_exact_from_then_on(comfy, configure, caplog, limit, calls):
+    """Random q, k, v: no far field stands for them."""
+    configure(SPARSE.replace("quality_limit = 0", f"quality = 0.01\nquality_limit = {limit}"))
+    run(comfy)
+    assert last().calls == calls
+    warnings = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    if limit == "0":
+        assert warnings == []
+    else:
+        assert last().fallbacks == {"near_far: error above quality_limit in this block": 16}
+        assert len(warnings) == 1 and "in block 0 and 7 more is above quality_limit" in warnings[0]
 
 
 def test_quality_check_off(comfy, configure):

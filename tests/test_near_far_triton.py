@@ -1,14 +1,11 @@
 """The Triton kernels of near_far against the plain version in float64: in Triton's interpreter, or on the GPU where there is one."""
 
 import math
-import os
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
 from hypothesis import given, settings  # noqa: E402

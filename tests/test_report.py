@@ -68,7 +68,7 @@ def test_cells_are_what_the_log_says(log):
     text = page.render([newest], "log")
     titles = re.findall(r"<title>(step \d, block \d: [^<]+)</title>", text)
     sampled = [title for title in titles if not title.endswith("near_far")]
-    assert len(sampled) == len(newest.figures("quality_raw")) == 3
+    assert len(sampled) == len(newest.figures("quality_raw")) == 10
     assert len([title for title in titles if title.endswith("near_far")]) == 24 - 2
     assert all(f": {value:.3g}" in " ".join(sampled) for value in newest.figures("quality_raw"))
 

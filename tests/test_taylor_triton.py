@@ -12,8 +12,6 @@ import torch
 from taylor_oracle import dense, relative
 
 ON_GPU = torch.cuda.is_available()
-if not ON_GPU:
-    os.environ["TRITON_INTERPRET"] = "1"
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
 # ruff: noqa: E402

@@ -157,6 +157,18 @@ class TaylorBackend(Backend):
                 log.debug("taylor_patch: %s: exact attention instead: %s", self.name, reason)
             raise
 
+    def effective(self, call: AttentionCall) -> AttentionCall:
+        """See Backend.effective: q and k after the normalisation options, the scale with scale_mul."""
+        factors = self.norm_factor(call.q, call.sigma), self.norm_factor(call.k, call.sigma)
+        if factors == (None, None) and self.options.scale_mul == 1:
+            return call
+        q, k = (x if factor is None else (x * factor[..., None]).to(x.dtype) for x, factor in zip((call.q, call.k), factors, strict=True))
+        return dataclasses.replace(call, q=q, k=k, scale=self.scale(call))
+
+    def denominators(self) -> dict[str, float] | None:
+        """See Backend.denominators."""
+        return None if self.last_denominators is None else dataclasses.asdict(self.last_denominators)
+
     def attend(self, call: AttentionCall) -> Tensor:
         """The arithmetic of run(); calls check_denominators."""
         raise NotImplementedError

@@ -53,15 +53,21 @@ def _evaluate(current: Evaluation, wrapped: Callable[..., Any], args: tuple[Any,
     with evaluation(current):
         out = wrapped(*args, **kwargs)
     try:
-        blocks, bad = read(current.answers)  # the one read from the device, which has to finish the evaluation for it
-        run.broken.update(bad)
+        found = read(current.answers)  # the one read from the device, which has to finish the evaluation for it
+        run.broken.update(found.not_finite)
+        run.sampled = run.sampled or bool(found.blocks)
+        if found.too_far and not run.too_far:
+            (name, _, block), error = next(iter(found.too_far.items()))
+            log.warning("taylor_patch: %s: error %.3g in block %s and %d more is above quality_limit times the error asked for; such blocks "
+                        "are exact from here on in this run.", name, error, block, len(found.too_far) - 1)
+        run.too_far.update(found.too_far)
         calls, fallbacks = run.calls - calls, run.fallbacks - fallbacks
         engine().record(run, StepRecord(current.family, current.step, current.sigma, time.monotonic() - started,
-                                        with_exact(calls, fallbacks), dict(fallbacks), current.max_head_dim, tuple(blocks)))
+                                        with_exact(calls, fallbacks), dict(fallbacks), current.max_head_dim, found.blocks))
     except Exception as error:
         log.warning("taylor_patch: the step's record failed (%s: %s)", type(error).__name__, error)
         return out, []
-    return out, sorted({name for name, _ in bad})
+    return out, sorted({name for name, _ in found.not_finite})
 
 
 def _describe(run: SamplingRun, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Evaluation:

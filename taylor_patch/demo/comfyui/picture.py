@@ -35,8 +35,9 @@ def workflow(size: int, steps: int, picture: int, seed: int) -> dict[str, Any]:
 
 def variables(name: str) -> dict[str, str]:
     """Variables that switch on the row `name` of the demo with its options."""
-    options = host.ROWS[name].get("backends", {}).get(name, {})
-    return {"TAYLOR_PATCH": name, **{f"TAYLOR_PATCH_BACKENDS__{name}__{key}".upper(): str(value) for key, value in options.items()}}
+    options, settings = host.ROWS[name].get("backends", {}).get(name, {}), host.ROWS[name]["taylor_patch"]
+    return {"TAYLOR_PATCH": name, **{f"TAYLOR_PATCH_{key.upper()}": str(value) for key, value in settings.items() if key != "backend"},
+            **{f"TAYLOR_PATCH_BACKENDS__{name}__{key}".upper(): str(value) for key, value in options.items()}}
 
 
 def run_in_comfyui(comfyui: Path, python: str, size: int, steps: int, picture: int, seed: int, out: Path | str,
