@@ -20,9 +20,6 @@ from taylor_patch import engine as engines
 
 ROOT = Path(__file__).parents[1]
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, which parts of torch do that other tests import
-
 
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory):
