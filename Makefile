@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint docs clean
 
 demo: $(STAMP)
 	$(BIN)/taylor-patch demo
@@ -12,14 +12,18 @@ test: $(STAMP) lint
 	$(BIN)/python -m pytest
 
 lint: $(STAMP)
-	$(BIN)/ruff check taylor_patch tests
+	$(BIN)/ruff check taylor_patch tests plugins tools
 	$(BIN)/mypy
+
+docs: $(STAMP)
+	$(BIN)/python -m tools.reference_pages
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[demo,dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[demo,dev,docs]"
 	touch $(STAMP)
 
 clean:
-	rm -rf .venv dist taylor-demo
+	rm -rf .venv dist site taylor-demo

@@ -2,15 +2,28 @@
 
 This module imports nothing: every Python start in the environment runs it (see taylor_patch_startup.pth), and
 while TAYLOR_PATCH is unset that must cost next to nothing. Public names are loaded on first use.
+
+PYTEST_DONT_REWRITE: it is imported before pytest could rewrite it, which pytest would warn of.
 """
 
 __version__ = "0.1.0"
+
+TYPE_CHECKING = False  # typing's own costs an import; type checkers take this name for true too
+if TYPE_CHECKING:
+    from taylor_patch.api import attention, explain, install, status, uninstall
+    from taylor_patch.backends.base import Backend
+    from taylor_patch.call import AttentionCall, TokenGrid
+    from taylor_patch.declaration import LazyBackend
+    from taylor_patch.errors import TaylorPatchError
+    from taylor_patch.hookspecs import hookimpl
+    from taylor_patch.router import Choice
 
 # Public name -> module that defines it.
 _PUBLIC = {
     "AttentionCall": "taylor_patch.call",
     "Backend": "taylor_patch.backends.base",
     "Choice": "taylor_patch.router",
+    "LazyBackend": "taylor_patch.declaration",
     "TaylorPatchError": "taylor_patch.errors",
     "TokenGrid": "taylor_patch.call",
     "attention": "taylor_patch.api",
@@ -25,6 +38,7 @@ __all__ = [
     "AttentionCall",
     "Backend",
     "Choice",
+    "LazyBackend",
     "TaylorPatchError",
     "TokenGrid",
     "attention",

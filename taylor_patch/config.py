@@ -30,7 +30,7 @@ QUALITIES = {"lossless": 0.02, "balanced": 0.05, "fast": 0.10}
 """Name -> relative L2 error aimed at per attention call."""
 
 # TAYLOR_PATCH_<NAME> variables that are not configuration keys.
-RESERVED_VARIABLES = {"TAYLOR_PATCH_CONFIG", "TAYLOR_PATCH_PLUGINS", "TAYLOR_PATCH_STRICT"}
+RESERVED_VARIABLES = {"TAYLOR_PATCH_CONFIG", "TAYLOR_PATCH_PLUGINS", "TAYLOR_PATCH_PLUGIN_SECONDS", "TAYLOR_PATCH_STRICT"}
 
 
 @dataclass(frozen=True)
@@ -208,6 +208,21 @@ def load(option_types: Mapping[str, type], overrides: Mapping[str, Any] | None =
     layers = [Layer("command line", overrides or {}), environment_layer(environ)]
     layers += [file_layer(path) for path in files(environ, comfyui_user)]
     return merge(layers, option_types)
+
+
+def allowed_plugins(overrides: Mapping[str, Any] | None = None, environ: Mapping[str, str] = os.environ,
+                    comfyui_user: Path | None = None) -> tuple[str, ...]:
+    """plugins.allow of the strongest layer that has it; it has to be known before plugins, and so their options, are loaded."""
+    try:
+        layers = [Layer("command line", overrides or {}), environment_layer(environ)]
+        layers += [file_layer(path) for path in files(environ, comfyui_user)]
+    except ConfigError:
+        return ("*",)  # reported when the configuration is loaded
+    for layer in layers:
+        table = layer.data.get("plugins")
+        if isinstance(table, dict) and isinstance(table.get("allow"), list):
+            return tuple(str(name) for name in table["allow"])
+    return ("*",)
 
 
 def merge(layers: Iterable[Layer], option_types: Mapping[str, type]) -> Config:

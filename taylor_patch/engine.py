@@ -41,7 +41,7 @@ class Engine:
         self.problem: str | None = None
         self._guard_failed = False
         self.workspaces = Workspaces()
-        self.registry = plugins.load(_allowed(overrides, environ), environ=environ)
+        self.registry = plugins.load(configuration.allowed_plugins(overrides, environ, _comfyui_user()), environ=environ)
         self._stamp = self._current_stamp()
         try:
             loaded = self._load()
@@ -232,20 +232,6 @@ def checks_later(device: torch.device) -> bool:
 def is_out_of_memory(error: Exception) -> bool:
     """True for torch's out-of-memory errors, also where they arrive as AcceleratorError code 2."""
     return isinstance(error, torch.OutOfMemoryError) or (type(error).__name__ == "AcceleratorError" and getattr(error, "error_code", 0) == 2)
-
-
-def _allowed(overrides: Mapping[str, Any] | None, environ: Mapping[str, str]) -> tuple[str, ...]:
-    """plugins.allow has to be known before plugins are loaded, and so before their options can be checked."""
-    try:
-        layers = [configuration.Layer("command line", overrides or {}), configuration.environment_layer(environ)]
-        layers += [configuration.file_layer(path) for path in configuration.files(environ, _comfyui_user())]
-    except ConfigError:
-        return ("*",)  # reported when the configuration is loaded
-    for layer in layers:
-        table = layer.data.get("plugins")
-        if isinstance(table, dict) and isinstance(table.get("allow"), list):
-            return tuple(str(name) for name in table["allow"])
-    return ("*",)
 
 
 def _comfyui_user() -> Path | None:

@@ -10,16 +10,19 @@ import pluggy
 if TYPE_CHECKING:
     from taylor_patch.backends.base import Backend
     from taylor_patch.config import Config
+    from taylor_patch.declaration import LazyBackend
     from taylor_patch.run import RunSummary
 
 PROJECT = "taylor_patch"
+API_VERSION = 1
+"""Of the hooks and the Backend contract. A plugin that needs a newer one says so by `taylor_patch_api = 2` and is refused here."""
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
 
 
 @hookspec
-def taylor_patch_register_backends() -> Iterable[type[Backend]]:  # type: ignore[empty-body]
-    """Return the Backend classes that this plugin offers."""
+def taylor_patch_register_backends() -> Iterable[type[Backend] | LazyBackend]:  # type: ignore[empty-body]
+    """Return the backends that this plugin offers: Backend classes, or LazyBackend declarations, which import nothing."""
 
 
 @hookspec

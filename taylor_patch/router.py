@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -24,6 +26,28 @@ class Choice:
     reasons: tuple[str, ...] = ()
 
 
+class Backends(Mapping[str, Backend]):
+    """Name -> backend with its options. A backend is imported and made when it is first asked for."""
+
+    def __init__(self, registry: Registry, options: Callable[[str], Any]) -> None:
+        self._registry, self._options = registry, options
+        self._made: dict[str, Backend] = {}
+
+    def __getitem__(self, name: str) -> Backend:
+        if name not in self._made:
+            self._made[name] = self._registry.kind(name)(self._options(name))
+        return self._made[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._registry.backends)
+
+    def __len__(self) -> int:
+        return len(self._registry.backends)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._registry.backends
+
+
 class Router:
     """Choices for one configuration, cached by what they depend on."""
 
@@ -31,8 +55,7 @@ class Router:
 
     def __init__(self, config: Config, registry: Registry) -> None:
         self.config = config
-        self.backends = {name: kind(self._options(name)) for name, kind in registry.backends.items()}
-        self.by_priority = sorted(self.backends.values(), key=lambda backend: -backend.priority)
+        self.backends: Mapping[str, Backend] = Backends(registry, self._options)
         self._cache: dict[Any, Choice] = {}
         settings = config.settings
         self.has_rules = bool(config.rules)
@@ -40,6 +63,11 @@ class Router:
             'backend = "sdpa"' if settings.backend == "sdpa" and not config.rules else None
         """Why every call is exact, or None."""
         self._least: dict[torch.device, tuple[float, str]] = {}
+
+    @cached_property
+    def by_priority(self) -> list[Backend]:
+        """All backends, those that `auto` tries first at the head."""
+        return sorted(self.backends.values(), key=lambda backend: -backend.priority)
 
     def least_tokens(self, device: torch.device) -> tuple[float, str]:
         """(n, reason): calls with fewer than n query tokens on `device` are exact for that reason, whatever else they are."""

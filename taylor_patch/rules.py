@@ -7,10 +7,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from taylor_patch.call import AttentionCall
 from taylor_patch.errors import nearest
+
+if TYPE_CHECKING:
+    from taylor_patch.call import AttentionCall
 
 CONDITIONS = ("model", "tokens", "sigma", "layers", "kind", "head_dim", "mask")
 WORDS = {"kind": ("self", "joint", "cross"), "mask": ("none", "key", "row")}

@@ -45,10 +45,11 @@ def test_demo_needs_a_comfyui(tmp_path):
 
 
 def test_backends():
-    rows = {row["name"]: row for row in json.loads(run("backends", "--json"))}
-    assert {"near_far", "taylor_torch", "sdpa"} <= set(rows) and rows["near_far"]["reasons_against"] == []
-    text = run("backends")
-    assert all(name in text for name in rows)
+    for words in (["backends"], ["backends", "--check"]):
+        rows = {row["name"]: row for row in json.loads(run(*words, "--json"))}
+        assert {"near_far", "taylor_torch", "sdpa"} <= set(rows) and rows["near_far"]["reasons_against"] == []
+        text = run(*words)
+        assert all(name in text for name in rows) and ("can run here. " in text) == (len(words) == 2)
 
 
 def test_plugins():

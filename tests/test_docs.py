@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 
 import taylor_patch
-from taylor_patch import config, hookspecs, rules
+from taylor_patch import config, hookspecs, plugins, rules
+from taylor_patch.testing.suite import Conformance
 from tests.conftest import ROOT
+from tools import reference_pages
 
 
 def text(name):
@@ -25,9 +31,52 @@ def test_public_names(name):
     assert re.search(rf"`{name}\b", text("api.md"))
 
 
-@pytest.mark.parametrize("hook", [name for name in dir(hookspecs) if name.startswith("taylor_patch_")])
+HOOKS = [name for name in dir(hookspecs) if name.startswith("taylor_patch_")]
+
+
+@pytest.mark.parametrize("hook", HOOKS)
 def test_hooks(hook):
-    assert f"`{hook}(" in text("writing-a-backend.md")
+    """The hook is in the guide, and its page has the exact arguments and an example that pluggy accepts."""
+    signature = f"`{hook}({', '.join(inspect.signature(getattr(hookspecs, hook)).parameters)})`"
+    assert signature in text("writing-a-backend.md") and signature in text(f"hooks/{hook}.md")
+    (code,) = python_blocks(f"hooks/{hook}.md")
+    space = {}
+    exec(code, space)
+    plugins.declared(space["Plugin"])
+    assert hasattr(space["Plugin"], hook)
+
+
+def test_hook_pages_have_hooks():
+    assert {path.stem for path in (ROOT / "docs" / "hooks").glob("*.md")} == set(HOOKS)
+
+
+@pytest.mark.parametrize("name", reference_pages.PAGES)
+def test_generated_pages_are_current(name):
+    assert text(f"reference/{name}") == reference_pages.PAGES[name](), "run python -m tools.reference_pages"
+
+
+@pytest.mark.parametrize("test", [name for name in dir(Conformance) if name.startswith("test_")])
+def test_conformance_tests(test):
+    assert f"`{test}`" in text("conformance.md")
+
+
+def test_the_site_builds_without_warnings(tmp_path):
+    environ = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    words = ["-m", "mkdocs", "build", "--strict", "--config-file", ROOT / "mkdocs.yml", "--site-dir", tmp_path]
+    done = subprocess.run([sys.executable, *words], env=environ, capture_output=True, text=True)
+    said = done.stdout + done.stderr
+    assert done.returncode == 0 and "WARNING" not in said and "Documentation built" in said, said
+    assert (tmp_path / "writing-a-backend" / "index.html").is_file()
+
+
+def test_the_skeleton_of_the_guide(tmp_path):
+    """The commands of the guide that need no network, as they stand there."""
+    block = re.findall(r"```shell\n(.*?)```", text("writing-a-backend.md"), re.DOTALL)[0].splitlines()
+    assert block[1:4] == ["taylor-patch plugins new my-attention", "cd taylor-patch-my-attention", "python -m pytest"]
+    words = ["-m", "taylor_patch", *block[1].split()[1:]]
+    subprocess.run([sys.executable, *words], check=True, cwd=tmp_path, capture_output=True)
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-k", "loads"], cwd=tmp_path / block[2].split()[1], capture_output=True)
+    assert done.returncode == 0
 
 
 @pytest.mark.parametrize("key", [f.name for f in dataclasses.fields(config.Settings)])
@@ -37,15 +86,18 @@ def test_settings_and_their_defaults(key):
     assert f"| `{key}` | `{shown}` |" in text("configuration.md")
 
 
-@pytest.mark.parametrize("name", [*rules.CONDITIONS, *config.RESERVED_VARIABLES, *config.QUALITIES])
-def test_conditions_variables_and_qualities(name):
+@pytest.mark.parametrize("name", [*rules.CONDITIONS, *config.QUALITIES])
+def test_conditions_and_qualities(name):
     assert name in text("configuration.md")
+
+
+@pytest.mark.parametrize("name", ["TAYLOR_PATCH", *config.RESERVED_VARIABLES])
+def test_variables(name):
+    assert f"| `{name}` |" in text("environment.md")
 
 
 def test_the_example_backend_works(monkeypatch):
     import torch
-
-    from taylor_patch import plugins
 
     (code,) = python_blocks("writing-a-backend.md")
     space = {}

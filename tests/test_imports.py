@@ -45,6 +45,14 @@ def test_startup_brings_wrapt_but_no_torch_while_on():
     assert not {"torch", "pluggy", "taylor_patch.engine", "taylor_patch.hooks.attention"} & set(loaded)
 
 
+@pytest.mark.parametrize("words", [["plugins"], ["backends"], ["backends", "--json"]], ids=" ".join)
+def test_listing_brings_no_torch(words):
+    code = (f"import sys; from taylor_patch.cli import main; main({words!r}, standalone_mode=False);"
+            "print('torch' in sys.modules, 'taylor_patch.backends.base' in sys.modules)")
+    printed = fresh(code)
+    assert any("near_far" in word for word in printed) and printed[-2:] == ["False", "False"]
+
+
 def test_public_names_resolve():
     assert all(getattr(taylor_patch, name) is not None for name in taylor_patch.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
@@ -78,6 +86,8 @@ FORBIDDEN = [
     ("engine", ("hooks", "api")),
     ("run", ("engine", "router", "hooks", "backends")),
     ("grid", ("engine", "router", "hooks", "backends", "run")),
+    ("declaration", ("backends.near_far", "engine", "router", "plugins", "config", "call")),
+    ("plugins", ("engine", "router", "hooks", "config", "call")),
     ("call", ("engine", "router", "hooks", "backends", "run", "config")),
     ("startup", ("engine", "router", "backends", "config")),
     ("config", ("engine", "router", "hooks", "backends", "plugins")),

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from taylor_patch.call import AttentionCall
+from taylor_patch.declaration import NoOptions
 
 FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32})
 
@@ -18,11 +18,6 @@ class Fallback(Exception):
 
     The caller then answers with exact attention on the same inputs.
     """
-
-
-@dataclass(frozen=True)
-class NoOptions:
-    """Options of a backend that has none."""
 
 
 class Backend:
@@ -43,6 +38,8 @@ class Backend:
     gqa: ClassVar[bool] = True
     cross_attention: ClassVar[bool] = True
     needs_grid: ClassVar[bool] = False
+    deterministic: ClassVar[bool] = True
+    """The same call gives the same bits twice."""
     options_type: ClassVar[type] = NoOptions
 
     def __init__(self, options: Any = None) -> None:

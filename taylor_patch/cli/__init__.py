@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from taylor_patch.cli import benchmark, reports
+
+if TYPE_CHECKING:
+    from taylor_patch.plugins import Registry
 
 
 class Group(click.Group):
@@ -123,42 +126,64 @@ def run(command: tuple[str, ...]) -> None:
     launch(command)
 
 
+def _registry() -> Registry:
+    """Plugins as ComfyUI would load them from here; torch is not imported unless one of them does it."""
+    from taylor_patch import config as configuration
+    from taylor_patch import plugins as plugin_loader
+
+    return plugin_loader.load(configuration.allowed_plugins())
+
+
 @main.command()
+@click.option("--check", is_flag=True, help="Import each backend and ask it whether it can run here; without it nothing is imported.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def backends(as_json: bool) -> None:
+def backends(check: bool, as_json: bool) -> None:
     """List the attention backends, and why one cannot run here."""
-    import torch
+    if check:
+        from taylor_patch.cli.checks import backend_rows
 
-    from taylor_patch.engine import engine
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rows = []
-    for backend in engine().router.by_priority:
-        problems = list(backend.unavailable()) + ([f"not for {device.type}"] if device.type not in backend.devices else [])
-        rows.append({"name": backend.name, "summary": backend.summary, "priority": backend.priority, "reasons_against": problems,
-                     "auto_from_tokens": engine().router.crossover(backend, device)})
+        rows = backend_rows()
+    else:
+        declarations = sorted(_registry().backends.values(), key=lambda declaration: -declaration.priority)
+        rows = [{"name": d.name, "summary": d.summary, "priority": d.priority, "reasons_against": list(d.missing())} for d in declarations]
     if as_json:
         click.echo(json.dumps(rows, indent=2))
         return
     for row in rows:
-        state = "; ".join(row["reasons_against"]) if row["reasons_against"] else "can run here"  # type: ignore[arg-type]
+        state = "; ".join(row["reasons_against"]) or ("can run here" if check else f"priority {row['priority']}")
         click.echo(f"{row['name']:14} {state}. {row['summary']}")
+    if not check:
+        click.echo("`taylor-patch backends --check` tells whether each can run here.")
 
 
-@main.command()
+@main.group(invoke_without_command=True)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def plugins(as_json: bool) -> None:
+@click.pass_context
+def plugins(context: click.Context, as_json: bool) -> None:
     """List the plugins that were found, and what is wrong with one."""
+    if context.invoked_subcommand:
+        return
     import dataclasses
 
-    from taylor_patch.engine import engine
-
-    found = engine().registry.plugins
+    found = _registry().plugins
     if as_json:
         click.echo(json.dumps([dataclasses.asdict(plugin) for plugin in found], indent=2))
         return
     for plugin in found:
-        click.echo(f"{plugin.name:20} {plugin.error or ', '.join(plugin.backends)} ({plugin.origin})")
+        click.echo(f"{plugin.name:20} {plugin.error or ', '.join(plugin.backends) or 'no backends'} ({plugin.origin})")
+        for note in plugin.notes:
+            click.echo(f"{'':20} {note}")
+
+
+@plugins.command()
+@click.argument("name")
+@click.option("--folder", type=click.Path(path_type=Path), help="Where to write it; taylor-patch-NAME in this folder unless given.")
+def new(name: str, folder: Path | None) -> None:
+    """Write a working plugin called NAME: a package with a backend, its test, README and pyproject.toml."""
+    from taylor_patch.cli.skeleton import write
+
+    made = write(name, folder)
+    click.echo(f"Wrote {made}. Next: cd {made}; python -m pytest; pip install --editable .; taylor-patch backends")
 
 
 @main.group()
@@ -167,9 +192,7 @@ def config() -> None:
 
 
 def _option_types() -> dict[str, type]:
-    from taylor_patch import plugins as plugin_loader
-
-    return plugin_loader.load().option_types
+    return _registry().option_types
 
 
 @config.command()

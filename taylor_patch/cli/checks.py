@@ -10,6 +10,7 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from typing import Any
 
 Finding = tuple[str, str]
 """(state, text): "ok", "note", or "problem" where it stops taylor_patch from working."""
@@ -18,6 +19,22 @@ Finding = tuple[str, str]
 def checks(comfyui: Path) -> list[Finding]:
     """All findings, in the order in which start-up meets them. comfyui: ComfyUI's folder, if it is one."""
     return [_switch(), *_startup_files(), *_versions(), *_comfyui(comfyui), *_configuration()]
+
+
+def backend_rows() -> list[dict[str, Any]]:
+    """What `taylor-patch backends --check` lists: each backend, imported, and what it says of this machine."""
+    import torch
+
+    from taylor_patch.engine import engine
+
+    router = engine().router
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rows = []
+    for backend in router.by_priority:
+        problems = [*backend.unavailable(), *([] if device.type in backend.devices else [f"not for {device.type}"])]
+        rows.append({"name": backend.name, "summary": backend.summary, "priority": backend.priority, "reasons_against": problems,
+                     "auto_from_tokens": router.crossover(backend, device)})
+    return rows
 
 
 def _switch() -> Finding:
@@ -88,4 +105,5 @@ def _configuration() -> list[Finding]:
         return [("problem", f"{type(error).__name__}: {error}")]
     state: Finding = ("problem", engine.problem) if engine.problem else ("ok", f"configuration: {engine.describe()}")
     return [state, *(("problem", f"plugin {p.name}: {p.error}") if p.error else ("ok", f"plugin {p.name}: {', '.join(p.backends)}")
-                     for p in engine.registry.plugins)]
+                     for p in engine.registry.plugins),
+            *(("problem", note) for note in dict.fromkeys(note for p in engine.registry.plugins for note in p.notes))]

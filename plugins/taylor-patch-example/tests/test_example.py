@@ -1,0 +1,15 @@
+"""The contract of taylor_patch, held against the backend."""
+
+import torch
+from taylor_patch_example import chunked
+
+from taylor_patch.testing import conformance
+from taylor_patch.testing.cases import exact, make_call, relative_error
+
+TestConformance = conformance("taylor_patch_example:Plugin", "chunked")
+
+
+def test_chunks_join(monkeypatch):
+    monkeypatch.setattr(chunked, "ROWS", 50)
+    call = make_call(64, torch.float32, "cpu")
+    assert call.q.shape[2] > 3 * 50 and relative_error(chunked.Chunked().run(call), exact(call)) < 1e-5

@@ -1,0 +1,42 @@
+"""comfy-kitchen, or why it cannot be used."""
+
+from __future__ import annotations
+
+from functools import cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+
+@cache
+def library() -> ModuleType | str:
+    """The module comfy_kitchen, or the reason why it cannot be imported."""
+    try:
+        import comfy_kitchen
+    except Exception as error:
+        return (f"comfy-kitchen cannot be imported ({type(error).__name__}: {error}). "
+                "Install it with ComfyUI's Python: pip install comfy-kitchen")
+    return comfy_kitchen
+
+
+def missing(function: str) -> tuple[str, ...]:
+    """Why comfy_kitchen.`function` can run no call here; empty when it can."""
+    found = library()
+    if isinstance(found, str):
+        return (found,)
+    if not hasattr(found, function):
+        return (f"this comfy-kitchen has no {function}; 0.2.33 has it: pip install --upgrade comfy-kitchen",)
+    if not torch.cuda.is_available():
+        return ("no CUDA GPU",)
+    if not getattr(found, f"{function}_is_available")():
+        return (f"comfy-kitchen has no {function} for this GPU",)
+    return ()
+
+
+def loadable(x: Tensor) -> Tensor:
+    """x, or a copy where its last dimension has gaps or its rows do not begin at 16 bytes: the kernels load 16 bytes at a time."""
+    values = 16 // x.element_size()
+    if x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(stride % values == 0 for stride in x.stride()[:-1]):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)

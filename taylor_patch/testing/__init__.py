@@ -1,0 +1,33 @@
+"""The conformance suite for backends: one line in a test file of the plugin.
+
+    from taylor_patch.testing import conformance
+
+    TestConformance = conformance("my_attention:Plugin", "my_attention")
+
+It needs pytest, no GPU, and a few seconds. docs/conformance.md tells what each test asks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = ["conformance"]
+
+
+def conformance(plugin: Any, backend: str, *, options: Mapping[str, Any] | None = None, device: str = "cpu", max_error: float = 0.02,
+                load_seconds: float = 30.0) -> type:
+    """A test class that holds the contract of docs/writing-a-backend.md against one backend.
+
+    plugin: what the entry point names ("package.module:Plugin"), or the plugin object.
+    backend: name of one of its backends.
+    options: as under [backends.NAME]; lower a minimum of tokens here (the calls have about 150).
+    device: where to run, "cpu" or "cuda".
+    max_error: relative L2 error against float64 that float32 may have on easy inputs (logits with a standard deviation of 0.15, keys
+    and values smooth over the image); 0.01 is added for float16 and 0.02 for bfloat16.
+    load_seconds: time in which the plugin and the backend have to be imported.
+    """
+    from taylor_patch.testing.suite import Conformance, Subject
+
+    subject = Subject(plugin, backend, dict(options or {}), device, max_error, load_seconds)
+    return type(f"Conformance_{backend}", (Conformance,), {"subject": subject, "__doc__": f'The contract, held against backend "{backend}".'})

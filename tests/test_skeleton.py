@@ -1,0 +1,65 @@
+"""`taylor-patch plugins new` writes a plugin that passes its own tests."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+from click.testing import CliRunner
+
+from taylor_patch.cli import main
+from tests.broken_skeleton import BREAKS, write_broken
+
+
+def new(*words):
+    return CliRunner().invoke(main, ["plugins", "new", *words])
+
+
+def test_a_new_plugin_passes_its_tests(tmp_path):
+    assert "python -m pytest" in new("demo-backend").output
+    made = tmp_path / "taylor-patch-demo-backend"
+    assert {path.relative_to(made).as_posix() for path in made.rglob("*") if path.is_file()} == {
+        "README.md", "pyproject.toml", "tests/test_demo_backend.py", "taylor_patch_demo_backend/__init__.py",
+        "taylor_patch_demo_backend/backend.py"}
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-W", "error", "-p", "no:cacheprovider"], cwd=made, capture_output=True,
+                          text=True)
+    assert done.returncode == 0 and "demo_backend: " in done.stdout, done.stdout + done.stderr
+    rules = ["--line-length", "144", "--select", "E,F,I,B,UP,SIM"]
+    lint = subprocess.run([sys.executable, "-m", "ruff", "check", *rules, made], capture_output=True, text=True)
+    assert lint.returncode == 0, lint.stdout
+
+
+@pytest.mark.parametrize("kind", BREAKS)
+def test_breaking_it_gives_a_finding(tmp_path, kind):
+    made, how = write_broken(kind, tmp_path / "demo"), BREAKS[kind]
+    test = made / "tests" / "test_demo_backend.py"
+    words = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-rf", f"{test}::TestConformance::{how.test}"]
+    if kind == "hangs on load":
+        test.write_text(test.read_text().replace('"demo_backend")', '"demo_backend", load_seconds=3)'))
+    done = subprocess.run([sys.executable, *words], cwd=made, env={**os.environ, "COLUMNS": "300"}, capture_output=True, text=True)
+    assert done.returncode == 1 and "1 failed" in done.stdout, done.stdout + done.stderr
+    assert any('backend "demo_backend": ' in line and how.finding in line for line in done.stdout.splitlines()), done.stdout
+
+
+def test_the_findings_differ():
+    assert len({how.finding for how in BREAKS.values()}) == len(BREAKS) == 6
+
+
+@pytest.mark.parametrize("name", ["Demo", "1st", "auto", "sdpa", "a.b", "taylor-patch-"])
+def test_names_that_cannot_be(name, tmp_path):
+    result = new(name)
+    assert result.exit_code == 1 and "cannot be a plugin's name" in result.output and not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_holds_something_is_left_alone(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").write_text("x")
+    result = new("demo", "--folder", "mine")
+    assert result.exit_code == 1 and "is not empty" in result.output and [p.name for p in (tmp_path / "mine").iterdir()] == ["file"]
+
+
+def test_the_prefix_may_be_given(tmp_path):
+    assert "Wrote taylor-patch-demo." in new("taylor-patch-demo").output
+    assert (tmp_path / "taylor-patch-demo" / "taylor_patch_demo").is_dir()
