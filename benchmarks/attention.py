@@ -17,8 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -30,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks import record
 from benchmarks.trained import captured
 from taylor_patch.backends.near_far import NearFar, NearFarOptions, op, plan, reference
 from taylor_patch.call import AttentionCall, TokenGrid
@@ -206,25 +205,15 @@ def row(case: Case, reps: int, environment: dict[str, Any]) -> dict[str, Any]:
             "gate": round(passed, 3), **environment}
 
 
-def describe(commit: str) -> dict[str, Any]:
-    """GPU, versions, commit and time (UTC)."""
-    import triton
-
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    driver = subprocess.run(query, capture_output=True, text=True).stdout.strip()
-    return {"gpu": torch.cuda.get_device_name(), "driver": driver, "torch": torch.__version__, "triton": triton.__version__, "commit": commit,
-            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
-
-
 def main() -> None:
     """Measure every case and append the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two sizes only")
     parser.add_argument("--reps", type=int, default=10)
-    parser.add_argument("--commit", default="unknown", help="recorded with the rows")
+    parser.add_argument("--commit", help="recorded where the tree is no git checkout")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results") / "attention.jsonl")
     arguments = parser.parse_args()
-    environment = describe(arguments.commit)
+    environment = record.environment(arguments.commit)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     with arguments.out.open("a", encoding="utf-8") as file:
         for case in cases(arguments.quick):

@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.attention import describe, relative
+from benchmarks import record
+from benchmarks.attention import relative
 from benchmarks.trained import captured, psnr, sample
 from taylor_patch.backends.near_far import NearFar, NearFarOptions, op, plan, reference
 from taylor_patch.call import AttentionCall, TokenGrid
@@ -93,10 +94,10 @@ def pictures() -> Iterator[dict[str, Any]]:
 def main() -> None:
     """Measure and append."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--commit", default="unknown", help="recorded with the rows")
+    parser.add_argument("--commit", help="recorded where the tree is no git checkout")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results") / "near_far_accuracy.jsonl")
     arguments = parser.parse_args()
-    environment = describe(arguments.commit)
+    environment = record.environment(arguments.commit)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     with arguments.out.open("a", encoding="utf-8") as file:
         for part in (heads, pictures):

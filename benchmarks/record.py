@@ -15,8 +15,8 @@ import torch
 RESULTS = Path(__file__).with_name("results")
 
 
-def environment() -> dict[str, Any]:
-    """Machine, versions, commit ("+changes" where the tree differs from it) and time (UTC)."""
+def environment(named: str | None = None) -> dict[str, Any]:
+    """Machine, versions, commit ("+changes" where the tree differs from it) and time (UTC). named: the commit of a copy without git."""
     cuda = torch.cuda.is_available()
     try:
         import triton
@@ -24,8 +24,18 @@ def environment() -> dict[str, Any]:
         version = triton.__version__
     except ImportError:
         version = None
-    return {"gpu": torch.cuda.get_device_name() if cuda else None, "python": platform.python_version(), "torch": torch.__version__,
-            "triton": version, "commit": commit(), "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+    return {"gpu": torch.cuda.get_device_name() if cuda else None, "driver": driver() if cuda else None, "python": platform.python_version(),
+            "torch": str(torch.__version__), "triton": version, "commit": named or commit(),
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+
+
+def driver() -> str | None:
+    """Version of the NVIDIA driver."""
+    try:
+        done = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True)
+    except OSError:
+        return None
+    return done.stdout.strip() or None
 
 
 def commit() -> str:

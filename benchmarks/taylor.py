@@ -11,9 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks import record
 from taylor_patch.backends.base import Backend, Fallback
 from taylor_patch.backends.taylor import TaylorOptions
 from taylor_patch.backends.triton_taylor import TritonFull, TritonFused
@@ -157,21 +156,7 @@ def measure(provider: Provider, case: Case, environment: dict[str, str]) -> dict
     return {"provider": provider.name, "b": case.b, "h": case.h, "n": case.n, "d": case.d, "dtype": str(case.dtype).removeprefix("torch."),
             "options": provider.options, "median_ms": round(quantile(spent, 0.5), 3), "p20_ms": round(quantile(spent, 0.2), 3),
             "p80_ms": round(quantile(spent, 0.8), 3), "peak_mib": round(peak / 2**20, 1), "rel_l2_median": float(f"{median:.3g}"),
-            "rel_l2_p90": float(f"{quantile(errors, 0.9):.3g}"), **environment, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
-
-
-def environment(commit: str | None) -> dict[str, str]:
-    """What the numbers were measured on."""
-    import triton
-
-    def output(*command: str) -> str:
-        try:
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-        except (OSError, subprocess.CalledProcessError):
-            return "unknown"
-
-    return {"gpu": torch.cuda.get_device_name(), "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
-            "torch": str(torch.__version__), "triton": triton.__version__, "commit": commit or output("git", "rev-parse", "--short", "HEAD")}
+            "rel_l2_p90": float(f"{quantile(errors, 0.9):.3g}"), **environment}
 
 
 def main() -> int:
@@ -181,7 +166,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--commit", help="recorded where the tree is no git checkout")
     arguments = parser.parse_args()
-    about, failed, timed = environment(arguments.commit), False, set[tuple[int, int, int]]()
+    about, failed, timed = record.environment(arguments.commit), False, set[tuple[int, int, int]]()
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     for case in cases(arguments.quick):
         providers = [taylor_provider(name, case.options, case.spread) for name in case.providers]
