@@ -12,7 +12,7 @@ test: $(STAMP) lint
 	$(BIN)/python -m pytest
 
 lint: $(STAMP)
-	$(BIN)/ruff check taylor_patch tests plugins tools
+	$(BIN)/ruff check taylor_patch tests benchmarks plugins tools
 	$(BIN)/mypy
 
 docs: $(STAMP)
