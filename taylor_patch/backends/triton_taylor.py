@@ -21,7 +21,7 @@ from taylor_patch.features.tiles import BLOCK
 
 log = logging.getLogger("taylor_patch")
 MIB = 1 << 20
-VERIFIED_TERMS = 3
+VERIFIED_TERMS = 6
 """Largest P whose kernels have passed their tests on a GPU as they are now (docs/performance-taylor.md)."""
 _announced: set[tuple[object, ...]] = set()
 
