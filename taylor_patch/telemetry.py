@@ -62,6 +62,8 @@ class Answer:
     """Sampled error from which the block is exact."""
     figures: Tensor | None = None
     denominators: Mapping[str, float] | None = None
+    observed: Mapping[str, Tensor] = field(default_factory=dict)
+    """What the backend says of the call (Backend.observed)."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ class BlockRecord:
     milliseconds: float
     figures: Mapping[str, float] = field(default_factory=dict)
     denominators: Mapping[str, float] | None = None
+    observed: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,8 @@ class Reading:
     blocks: tuple[BlockRecord, ...] = ()
     not_finite: tuple[tuple[str, Any], ...] = ()
     too_far: Mapping[tuple[str, Any, int | None], float] = field(default_factory=dict)
+    observed: Mapping[tuple[str, Any, int | None], Mapping[str, float]] = field(default_factory=dict)
+    """(backend, signature, block) -> what the backend said of the last such call."""
 
 
 def read(answers: Iterable[Answer]) -> Reading:
@@ -117,17 +122,21 @@ def read(answers: Iterable[Answer]) -> Reading:
     if not answers:
         return Reading()
     flat = torch.cat([answer.finite.reshape(1).float() for answer in answers]
-                     + [answer.figures for answer in answers if answer.figures is not None]).tolist()
+                     + [answer.figures for answer in answers if answer.figures is not None]
+                     + [value.reshape(1).float() for answer in answers for value in answer.observed.values()]).tolist()
     finite, rest = flat[: len(answers)], iter(flat[len(answers) :])
-    blocks, bad, far = [], [], {}
-    for answer, flag in zip(answers, finite, strict=True):
-        figures = {} if answer.figures is None else {name: next(rest) for name in FIGURES}
-        blocks.append(BlockRecord(answer.backend, answer.block, answer.timer.milliseconds(), figures, answer.denominators))
+    all_figures = [{} if answer.figures is None else {name: next(rest) for name in FIGURES} for answer in answers]
+    all_observed = [{name: next(rest) for name in answer.observed} for answer in answers]
+    blocks, bad, far, said = [], [], {}, {}
+    for answer, flag, figures, observed in zip(answers, finite, all_figures, all_observed, strict=True):
+        blocks.append(BlockRecord(answer.backend, answer.block, answer.timer.milliseconds(), figures, answer.denominators, observed))
+        if observed:
+            said[answer.backend, answer.signature, answer.block] = observed
         if not flag:
             bad.append((answer.backend, answer.signature))
         elif figures.get("quality_raw", 0.0) > answer.limit:
             far[answer.backend, answer.signature, answer.block] = figures["quality_raw"]
-    return Reading(tuple(blocks), tuple(bad), far)
+    return Reading(tuple(blocks), tuple(bad), far, said)
 
 
 def quality_text(records: Iterable[StepRecord]) -> str:

@@ -61,6 +61,7 @@ def _evaluate(current: Evaluation, wrapped: Callable[..., Any], args: tuple[Any,
             log.warning("taylor_patch: %s: error %.3g in block %s and %d more is above quality_limit times the error asked for; such blocks "
                         "are exact from here on in this run.", name, error, block, len(found.too_far) - 1)
         run.too_far.update(found.too_far)
+        engine().judge(run, found)
         calls, fallbacks = run.calls - calls, run.fallbacks - fallbacks
         engine().record(run, StepRecord(current.family, current.step, current.sigma, time.monotonic() - started,
                                         with_exact(calls, fallbacks), dict(fallbacks), current.max_head_dim, found.blocks))
