@@ -54,7 +54,7 @@ def test_quality_is_the_error():
     exact = taylor_patch.attention(q, k, v, backend="sdpa")
     errors = [float((taylor_patch.attention(q, k, v, backend="near_far", grid=(1, 32, 32), quality=quality) - exact).norm() / exact.norm())
               for quality in ("fast", "balanced", "lossless", 0.01)]
-    assert 0.1 > errors[0] > 0.05 > errors[1] > 0.02 > errors[2] > 0.01 > errors[3]
+    assert 0.1 > errors[0] > 0.03 > errors[1] > 0.02 > errors[2] > 0.01 > errors[3]
 
 
 def test_options_replace_those_of_the_configuration(configure):

@@ -28,8 +28,8 @@ FACTORS = (0.7, 0.85, 1.0, 1.2)
 LINEAR = (0.75, 1.25)
 """Bounds of the factor of the linear term."""
 ROWS = 64
-MARGIN = 0.9
-"""The error on 64 rows is within 10% of the whole head's in the median (docs/accuracy.md)."""
+MARGIN = 0.75
+"""The error of a head is up to a third above that of its 64 rows (docs/accuracy.md)."""
 SINK_SHARE, SINK_TIMES, SINK_ROWS = 0.02, 8.0, 0.5
 PLACE_STEP, PLACE_FIRST = 27, 5
 """Row i of the probe is place (27 i + 5) mod 64 of block (2 i + 1) blocks / 128: another place of the tile in each block."""
@@ -70,8 +70,8 @@ class Memory:
 
 
 def sigma_bin(sigma: float) -> int:
-    """Sixteen bins over all noise levels: sigma / (1 + sigma) in sixteenths, eight of them for models whose sigma ends at 1."""
-    return int(16 * sigma / (1 + sigma))
+    """Eight bins over all noise levels: sigma / (1 + sigma) in eighths, four of them for models whose sigma ends at 1."""
+    return int(8 * sigma / (1 + sigma))
 
 
 def probe_rows(image_blocks: int, device: torch.device) -> tuple[Tensor, Tensor]:
