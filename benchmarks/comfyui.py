@@ -27,7 +27,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,7 +112,8 @@ def settings(checkout: Path, models: Sequence[Model], total_gib: float) -> Itera
 
 def on(density: float, least: int | str) -> str:
     """Configuration file: near_far at `density`."""
-    return f'[taylor_patch]\nbackend = "near_far"\nmin_tokens = {json.dumps(least)}\nquality_limit = 0.0\n\n[backends.near_far]\ndensity = {density}\n'
+    return (f'[taylor_patch]\nbackend = "near_far"\nmin_tokens = {json.dumps(least)}\nquality_limit = 0.0\n\n'
+            f"[backends.near_far]\ndensity = {density}\n")
 
 
 OFF = "[taylor_patch]\nenabled = false\n"
@@ -148,7 +149,8 @@ class Bench:
     def variants(self, setting: Setting, patched: bool) -> dict[str, str]:
         """Name -> configuration file."""
         off = {"off": OFF} if not patched or len(setting.servers) == 1 else {}
-        return {**off, **({f"near_far {density}": on(density, 64 if self.options.tiny else "auto") for density in DENSITIES} if patched else {})}
+        least = 64 if self.options.tiny else "auto"
+        return {**off, **({f"near_far {density}": on(density, least) for density in DENSITIES} if patched else {})}
 
     def serve(self, setting: Setting, patched: bool, waiting: list[Model]) -> Iterator[dict[str, Any]]:
         """One server; takes from `waiting` what it has run, and ends with the first case that failed as a whole."""
@@ -183,7 +185,8 @@ class Bench:
                 yield from self.failed(what, model, self.variants(setting, patched), str(error)[-2000:])
             waiting.clear()
 
-    def case(self, server: Server, setting: Setting, patched: bool, model: Model, what: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    def case(self, server: Server, setting: Setting, patched: bool, model: Model,
+             what: Mapping[str, Any]) -> Generator[dict[str, Any], None, bool]:
         """One model in a running server; gives back whether the server is fit for more."""
         variants = self.variants(setting, patched)
         figures = server.folder / f"figures-{model.name}.json"

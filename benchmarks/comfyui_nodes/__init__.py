@@ -3,6 +3,7 @@
 Copied into a server's custom_nodes, so it imports nothing of benchmarks.
 """
 
+import itertools
 import json
 import statistics
 import sys
@@ -87,7 +88,7 @@ class BenchmarkSampling:
         ours = sys.modules.get("taylor_patch.engine")
         if ours is not None and ours.current() is not None:
             last_run = ours.current().last_run
-        seconds = [after - before for before, after in zip(marks, marks[1:])]
+        seconds = [after - before for before, after in itertools.pairwise(marks)]
         return {
             "step_seconds": statistics.median(seconds), "steps_seconds": [round(value, 5) for value in seconds],
             "first_step_seconds": round(marks[0] - started, 3),
@@ -96,8 +97,8 @@ class BenchmarkSampling:
             "device_used_mib": max(used) >> 20 if cuda else None,
             "dynamic": bool(getattr(model, "is_dynamic", bool)()), "model_mib": model.model_size() >> 20,
             "loaded_mib": model.loaded_size() >> 20, "finite": bool(out.isfinite().all()),
-            "calls": None if last_run is None else dict(last_run.calls), "exact_because": None if last_run is None else dict(last_run.fallbacks),
-            "quality": None if last_run is None else last_run.quality,
+            **({} if last_run is None else {"calls": dict(last_run.calls), "exact_because": dict(last_run.fallbacks),
+                                            "quality": last_run.quality}),
         }, out.float().cpu()
 
 
