@@ -53,6 +53,7 @@ class Settings:
     memory_reserve_log: bool = True
     log: Literal["off", "run", "step", "call"] = "run"
     log_file: str = ""
+    page: bool = True
 
     def problems(self) -> dict[str, str]:
         """Key -> what is wrong with its value; empty when all is well."""
@@ -158,6 +159,11 @@ def file_layer(path: Path) -> Layer:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({error}). Correct or remove the file.") from error
+    return text_layer(path, text)
+
+
+def text_layer(path: Path, text: str) -> Layer:
+    """The layer of a file `path` that holds `text`. Raises ConfigError when it is not TOML."""
     try:
         return Layer(str(path), tomllib.loads(text), text)
     except tomllib.TOMLDecodeError as error:
@@ -205,17 +211,20 @@ def load(option_types: Mapping[str, type], overrides: Mapping[str, Any] | None =
 
     Raises ConfigError with file:line:column at the first mistake.
     """
-    layers = [Layer("command line", overrides or {}), environment_layer(environ)]
-    layers += [file_layer(path) for path in files(environ, comfyui_user)]
-    return merge(layers, option_types)
+    return merge(layers_of(overrides, environ, comfyui_user), option_types)
+
+
+def layers_of(overrides: Mapping[str, Any] | None = None, environ: Mapping[str, str] = os.environ,
+              comfyui_user: Path | None = None) -> list[Layer]:
+    """All sources of settings, strongest first. Raises ConfigError for one that cannot be read."""
+    return [Layer("command line", overrides or {}), environment_layer(environ), *map(file_layer, files(environ, comfyui_user))]
 
 
 def allowed_plugins(overrides: Mapping[str, Any] | None = None, environ: Mapping[str, str] = os.environ,
                     comfyui_user: Path | None = None) -> tuple[str, ...]:
     """plugins.allow of the strongest layer that has it; it has to be known before plugins, and so their options, are loaded."""
     try:
-        layers = [Layer("command line", overrides or {}), environment_layer(environ)]
-        layers += [file_layer(path) for path in files(environ, comfyui_user)]
+        layers = layers_of(overrides, environ, comfyui_user)
     except ConfigError:
         return ("*",)  # reported when the configuration is loaded
     for layer in layers:

@@ -24,7 +24,7 @@ from taylor_patch.errors import ConfigError
 from taylor_patch.memory import Workspaces, predict
 from taylor_patch.router import Choice, Router
 from taylor_patch.run import Evaluation, RunSummary, SamplingRun, counted, family_of, sampling_run
-from taylor_patch.telemetry import Answer, LogFile, Reading, StepRecord, Timer, figures_text, step_content
+from taylor_patch.telemetry import Answer, Comparison, LogFile, Reading, StepRecord, Timer, figures_text, step_content
 
 log = logging.getLogger("taylor_patch")
 
@@ -37,16 +37,20 @@ class Engine:
     """Plugins, configuration and router, swapped as a whole when a file changes."""
 
     def __init__(self, overrides: Mapping[str, Any] | None = None, environ: Mapping[str, str] = os.environ) -> None:
-        self._overrides, self._environ = overrides, environ
+        self._overrides, self.environ = overrides, environ
         self._lock = threading.Lock()
         self.last_run: RunSummary | None = None
+        self.last_steps: tuple[StepRecord, ...] = ()
+        """The steps of last_run."""
+        self.compare_next = False
+        """Whether the next sampling run also computes exactly, all rows, what a backend answers, and says how far apart the two are."""
         self.problem: str | None = None
         self._guard_failed = False
         self.workspaces = Workspaces()
-        self.registry = plugins.load(configuration.allowed_plugins(overrides, environ, _comfyui_user()), environ=environ)
+        self.registry = plugins.load(configuration.allowed_plugins(overrides, environ, comfyui_user()), environ=environ)
         self._stamp = self._current_stamp()
         try:
-            loaded = self._load()
+            loaded = self.load()
         except ConfigError as error:
             self.problem = str(error)
             log.warning("taylor_patch: %s. Attention stays exact until this is corrected.", error)
@@ -54,12 +58,17 @@ class Engine:
             loaded = configuration.merge([off], self.registry.option_types)
         self._put_in_force(loaded)
 
-    def _load(self) -> configuration.Config:
-        return configuration.load(self.registry.option_types, self._overrides, self._environ, _comfyui_user())
+    def layers(self) -> list[configuration.Layer]:
+        """All sources of settings as they are now, strongest first. Raises ConfigError for one that cannot be read."""
+        return configuration.layers_of(self._overrides, self.environ, comfyui_user())
+
+    def load(self) -> configuration.Config:
+        """The configuration as its sources are now, which the next sampling run will have. Raises ConfigError."""
+        return configuration.merge(self.layers(), self.registry.option_types)
 
     def _current_stamp(self) -> object:
         try:
-            return configuration.stamp(configuration.files(self._environ, _comfyui_user()))
+            return configuration.stamp(configuration.files(self.environ, comfyui_user()))
         except ConfigError as error:
             return str(error)
 
@@ -77,7 +86,7 @@ class Engine:
                 return
             self._stamp = stamp
             try:
-                loaded = self._load()
+                loaded = self.load()
             except ConfigError as error:
                 self.problem = str(error)
                 log.warning("taylor_patch: %s. The last good configuration stays in force.", error)
@@ -102,6 +111,7 @@ class Engine:
         outcome = "finished"
         with sampling_run(schedule) as current:
             current.log_calls = self.config.settings.log == "call"
+            current.compare, self.compare_next = self.compare_next, False
             try:
                 yield current
             except BaseException as error:
@@ -144,7 +154,7 @@ class Engine:
 
     def _finish(self, run: SamplingRun, outcome: str) -> None:
         try:
-            self.last_run = run.summary(outcome)
+            self.last_run, self.last_steps = run.summary(outcome), tuple(run.records)
             if self.config.settings.log != "off":
                 log.info("taylor_patch: %s", self.last_run.line())
             self.workspaces.record(run.model, run.latent_shape, max(run.workspaces.values(), default=0))
@@ -199,7 +209,8 @@ class Engine:
                 evaluation.max_head_dim = max(evaluation.max_head_dim, call.q.shape[-1])
                 evaluation.answers.append(Answer(backend.name, call.signature, call.block, finite, timer,
                                                  call.target_error * (self.config.settings.quality_limit or math.inf),
-                                                 self._figures(backend, call, out, evaluation), backend.denominators(), backend.observed(call)))
+                                                 self._figures(backend, call, out, evaluation), backend.denominators(), backend.observed(call),
+                                                 self._comparison(call, out, run)))
             return out
         run.broken.add((backend.name, call.signature))
         run.exact(f"{backend.name}: {problem}")
@@ -218,6 +229,21 @@ class Engine:
         except Exception as error:
             self._guard_failed = True
             log.warning("taylor_patch: the quality check failed (%s: %s) and is off from here on.", type(error).__name__, error)
+            return None
+
+
+    def _comparison(self, call: AttentionCall, out: Tensor, run: SamplingRun) -> Comparison | None:
+        """The call once more, by PyTorch's exact attention, where the run is compared; what it raises ends the comparison only."""
+        if not run.compare:
+            return None
+        try:
+            timer = Timer(call.q.device)
+            exact = self.router.backends["sdpa"].run(call)
+            timer.stop()
+            return Comparison(guard.distance(out, exact), timer)
+        except Exception as error:
+            run.compare = False
+            log.warning("taylor_patch: the comparison with exact attention ended (%s: %s).", type(error).__name__, error)
             return None
 
 
@@ -248,7 +274,7 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or (type(error).__name__ == "AcceleratorError" and getattr(error, "error_code", 0) == 2)
 
 
-def _comfyui_user() -> Path | None:
+def comfyui_user() -> Path | None:
     """ComfyUI's user folder in a running ComfyUI."""
     folder_paths = sys.modules.get("folder_paths")
     try:

@@ -46,6 +46,15 @@ def relative_error(out: Tensor, reference: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def distance(out: Tensor, exact: Tensor) -> Tensor:
+    """relative_error of [B, H, N, D] tensors over all rows, head by head: in float32 they are large. A scalar on the device."""
+    tiny = torch.finfo(torch.float32).tiny
+    apart = torch.stack([torch.linalg.vector_norm(a.float() - b.float()) for a, b in zip(out.unbind(1), exact.unbind(1), strict=True)])
+    size = torch.stack([torch.linalg.vector_norm(b, dtype=torch.float32) for b in exact.unbind(1)])
+    return torch.linalg.vector_norm(apart) / torch.linalg.vector_norm(size).clamp_min(tiny)
+
+
+@torch.no_grad()
 def figures(backend: Backend, call: AttentionCall, out: Tensor, samples: int, seed: int) -> Tensor:
     """FIGURES of one call as float32 [8] on the device; nothing is read back. out: the backend's [B, H, N_q, D]."""
     rows = spread(call.q.shape[2], samples, seed, call.q.device)

@@ -14,7 +14,7 @@ from typing import Any
 
 from taylor_patch.call import AttentionCall
 from taylor_patch.grid import patch_sizes
-from taylor_patch.telemetry import Answer, StepRecord, quality_text
+from taylor_patch.telemetry import Answer, StepRecord, comparison_text, quality_text
 
 log = logging.getLogger("taylor_patch")
 
@@ -37,11 +37,13 @@ class RunSummary:
     """Backend name -> milliseconds in it."""
     quality: str = ""
     """Sampled error against exact attention, as text."""
+    comparison: str = ""
+    """How far the run was from exact attention, as text, where it was compared."""
 
     def line(self) -> str:
         """One line for the log."""
         spent = ", ".join(f"{name} {milliseconds / 1000:.1f} s" for name, milliseconds in sorted(self.milliseconds.items()))
-        parts = (f"attention calls: {counted(self.calls, self.fallbacks)}", spent, self.quality,
+        parts = (f"attention calls: {counted(self.calls, self.fallbacks)}", spent, self.quality, self.comparison,
                  "" if self.outcome == "finished" else self.outcome)
         return f"{self.model or 'model'}: {self.evaluations} model evaluations in {self.seconds:.1f} s, " + ", ".join(filter(None, parts))
 
@@ -103,6 +105,8 @@ class SamplingRun:
     """Shapes and arguments of calls that the router left to exact attention -> why."""
     sigmas: dict[float, float] = field(default_factory=dict)
     """Part of the schedule, 0 to 1 -> sigma there."""
+    compare: bool = False
+    """Compute exactly, too, what a backend answers."""
     log_calls: bool = False
     """Log a line for every attention call."""
     name: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
@@ -139,7 +143,8 @@ class SamplingRun:
         for record in self.records:
             spent.update(record.milliseconds)
         return RunSummary(self.model, max(len(self.schedule) - 1, 0), self.evaluations, with_exact(self.calls, self.fallbacks),
-                          dict(self.fallbacks), time.monotonic() - self.started, outcome, dict(spent), quality_text(self.records))
+                          dict(self.fallbacks), time.monotonic() - self.started, outcome, dict(spent), quality_text(self.records),
+                          comparison_text(self.records) or ("compared with exact attention: no call to compare" if self.compare else ""))
 
 
 def with_exact(calls: Mapping[str, int], fallbacks: Mapping[str, int]) -> dict[str, int]:
@@ -177,6 +182,12 @@ def current_run() -> SamplingRun | None:
     """This thread's run; in a worker thread (one a device) the run that was opened last."""
     runs = _position.runs or _open
     return runs[-1] if runs else None
+
+
+def open_runs() -> tuple[SamplingRun, ...]:
+    """The runs in progress in this process, of all threads."""
+    with _lock:
+        return tuple(_open)
 
 
 def family_of(model: Any) -> str:

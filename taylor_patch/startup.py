@@ -17,6 +17,7 @@ HOOKS = {
     "comfy.samplers": "taylor_patch.hooks.sampling",
     "comfy.model_base": "taylor_patch.hooks.evaluation",
     "comfy.sampler_helpers": "taylor_patch.hooks.memory",
+    "server": "taylor_patch.hooks.server",
 }
 
 registered = False

@@ -20,6 +20,8 @@ def main() -> None:
 
     api.install()
     for target in startup.HOOKS:
+        if target == "server":  # it imports all of ComfyUI, for a page that nothing depends on
+            continue
         importlib.import_module(target)
     from taylor_patch.hooks.attention import NAMES, patched
 

@@ -19,6 +19,7 @@ body { font: 16px/1.5 system-ui, sans-serif; background: var(--paper); color: va
 h1 { font-size: 1.5rem; margin: .5rem 0; } h2 { font-size: 1.2rem; margin: 2.2rem 0 .3rem; } h3 { font-size: 1rem; margin: 1.4rem 0 .2rem; }
 p { margin: .3rem 0; color: var(--soft); } svg { width: 100%; height: auto; display: block; }
 .tick, .axis { font-size: 12px; fill: var(--soft); } .grid { stroke: var(--line); }
+@media (max-width: 600px) { .tick, .axis { font-size: 17px; } }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-size: .92rem; }
 td, th { text-align: left; padding: .25rem .6rem .25rem 0; border-bottom: 1px solid var(--line); overflow-wrap: anywhere; }
 td.n { text-align: right; font-variant-numeric: tabular-nums; }
@@ -31,13 +32,14 @@ ERROR_STEPS = (0.01, 0.02, 0.05, 0.1, 0.2)
 
 def render(runs: list[Run], source: str) -> str:
     """HTML text of the report; the newest run comes first."""
-    body = "".join(_run(run) for run in reversed(runs))
+    body = "".join(section(run) for run in reversed(runs))
     return ('<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
             f"<title>taylor_patch report</title><style>{STYLE}</style></head><body><h1>taylor_patch report</h1>"
             f"<p>{len(runs)} sampling run{'s' if len(runs) > 1 else ''} of {escape(source)}</p>{body}</body></html>")
 
 
-def _run(run: Run) -> str:
+def section(run: Run) -> str:
+    """The part of the report about one run. Its settings are left out where its closing line has none."""
     steps = [step["step"] if step["step"] is not None else "?" for step in run.steps]
     seconds = run.summary.get("seconds")
     head = (f"<h2>{escape(run.model)}, {len(run.steps)} model evaluations"
@@ -52,8 +54,10 @@ def _run(run: Run) -> str:
         parts += ["<h3>Logits by block</h3><p>1st to 99th percentile of scale * q.k, dot: median; all sampled steps</p>", _logits(run)]
     if run.fallbacks:
         parts += ["<h3>Calls that were exact, by reason</h3>", _table(run.fallbacks)]
-    settings = _flat(run.summary.get("settings", {}))
-    return "".join([*parts, "<h3>Settings that differ from the defaults</h3>", _table(settings) if settings else "<p>none</p>"])
+    if "settings" in run.summary:
+        settings = _flat(run.summary["settings"])
+        parts += ["<h3>Settings that differ from the defaults</h3>", _table(settings) if settings else "<p>none</p>"]
+    return "".join(parts)
 
 
 def _answers(run: Run) -> dict[tuple[int, int], dict[str, Any]]:

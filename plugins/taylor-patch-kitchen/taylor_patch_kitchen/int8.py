@@ -32,4 +32,5 @@ class Int8(taylor_patch.Backend):
         """See Backend.run."""
         mask = None if call.key_mask is None else call.key_mask[:, None, None]
         q, k, v = (library.loadable(x) for x in (call.q, call.k, call.v))
-        return library.library().int8_attention(q, k, v, scale=call.scale, attn_mask=mask)  # type: ignore[union-attr]
+        with torch.cuda.device_of(q):
+            return library.library().int8_attention(q, k, v, scale=call.scale, attn_mask=mask)  # type: ignore[union-attr]

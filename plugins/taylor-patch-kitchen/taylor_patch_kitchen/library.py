@@ -25,8 +25,9 @@ def missing(function: str) -> tuple[str, ...]:
     found = library()
     if isinstance(found, str):
         return (found,)
-    if not hasattr(found, function):
-        return (f"this comfy-kitchen has no {function}; 0.2.33 has it: pip install --upgrade comfy-kitchen",)
+    # 0.2.32 has a sol_attn without token_aug, which nothing says can run here.
+    if not (hasattr(found, function) and hasattr(found, f"{function}_is_available")):
+        return (f"this comfy-kitchen has no {function} that is known here; 0.2.33 has it: pip install --upgrade comfy-kitchen",)
     if not torch.cuda.is_available():
         return ("no CUDA GPU",)
     if not getattr(found, f"{function}_is_available")():

@@ -66,6 +66,7 @@ class Sol(taylor_patch.Backend):
         # [B, H, N, 128] -> [B, n_blocks * 64, H, 128]
         q, k, v = (x.transpose(1, 2)[:, order.index] for x in (call.q, call.k, call.v))
         outside = [0, order.outside]
-        out = library.library().sol_attn(q, k, v, tau=o.tau, scale=call.scale, sink_blocks=outside, sink_q=outside,  # type: ignore[union-attr]
-                                         topk_ratio=o.topk_ratio, block_len=order.length, token_aug=o.token_aug)
+        with torch.cuda.device_of(q):
+            out = library.library().sol_attn(q, k, v, tau=o.tau, scale=call.scale, sink_blocks=outside,  # type: ignore[union-attr]
+                                             sink_q=outside, topk_ratio=o.topk_ratio, block_len=order.length, token_aug=o.token_aug)
         return out[:, order.places].transpose(1, 2)

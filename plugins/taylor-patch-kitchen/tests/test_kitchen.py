@@ -108,9 +108,10 @@ def test_order_keeps_tiles_together(grid, start, after):
 
 @pytest.mark.parametrize(("found", "reason"), [
     ("comfy-kitchen cannot be imported", "cannot be imported"),
-    (SimpleNamespace(), "has no sol_attn; 0.2.33 has it"),
+    (SimpleNamespace(), "has no sol_attn that is known here; 0.2.33 has it"),
+    (SimpleNamespace(sol_attn=sol_attn), "has no sol_attn that is known here; 0.2.33 has it"),
     (STAND_IN, "no CUDA GPU"),
-], ids=["missing", "too-old", "no-gpu"])
+], ids=["missing", "too-old", "0.2.32", "no-gpu"])
 def test_reasons(found, reason, monkeypatch):
     monkeypatch.setattr(library, "library", lambda: found)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -154,6 +155,17 @@ def test_the_library_on_the_cpu(topk_ratio):
         pytest.skip("this comfy-kitchen has no sol_attn")
     call = make_call(128, torch.float32, "cpu", grid=(1, 17, 33), text=9)
     assert relative_error(SolOnCpu(SolOptions(min_tokens=1, topk_ratio=topk_ratio)).run(call), exact(call)) < 0.2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_places_without_a_token_are_no_keys_on_a_gpu():
+    """Edge tiles are filled up with token 0; the kernels must not count it again, however large it is."""
+    pytest.importorskip("comfy_kitchen")
+    call = make_call(128, torch.bfloat16, "cuda", grid=(1, 100, 130), text=9)
+    call.v[:, :, 0] = 20  # not more: the library keeps v in 8 bits
+    call.k[:, :, 0] = 0
+    assert relative_error(Sol(SolOptions(min_tokens=1)).run(call), exact(call)) < 0.3
 
 
 @pytest.mark.gpu
