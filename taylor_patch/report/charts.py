@@ -15,10 +15,10 @@ SERIES = 6
 
 def _frame(height: float, body: str, x_label: str, y_label: str, label: str) -> str:
     total = TOP + height + BOTTOM
-    return (f'<svg viewBox="0 0 {LEFT + WIDTH + 8} {total:.0f}" role="img" aria-label="{escape(label)}">{body}'
+    return (f'<div class="scroll"><svg viewBox="0 0 {LEFT + WIDTH + 8} {total:.0f}" role="img" aria-label="{escape(label)}">{body}'
             f'<text class="axis" x="{LEFT + WIDTH / 2}" y="{total - 6:.0f}" text-anchor="middle">{escape(x_label)}</text>'
             f'<text class="axis" transform="translate(12 {TOP + height / 2:.0f}) rotate(-90)" text-anchor="middle">'
-            f"{escape(y_label)}</text></svg>")
+            f"{escape(y_label)}</text></svg></div>")
 
 
 def _ticks(count: int, most: int) -> list[int]:

@@ -17,9 +17,8 @@ STYLE = """
   --series-0: #6fa8e6; --series-1: #e2935f; --series-2: #6fbf8d; --series-3: #b596d8; --series-4: #d1b25c; --series-5: #de8aa5; } }
 body { font: 16px/1.5 system-ui, sans-serif; background: var(--paper); color: var(--ink); max-width: 46rem; margin: 0 auto; padding: 1rem; }
 h1 { font-size: 1.5rem; margin: .5rem 0; } h2 { font-size: 1.2rem; margin: 2.2rem 0 .3rem; } h3 { font-size: 1rem; margin: 1.4rem 0 .2rem; }
-p { margin: .3rem 0; color: var(--soft); } svg { width: 100%; height: auto; display: block; }
+p { margin: .3rem 0; color: var(--soft); } svg { width: 100%; min-width: 34rem; height: auto; display: block; }
 .tick, .axis { font-size: 12px; fill: var(--soft); } .grid { stroke: var(--line); }
-@media (max-width: 600px) { .tick, .axis { font-size: 17px; } }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-size: .92rem; }
 td, th { text-align: left; padding: .25rem .6rem .25rem 0; border-bottom: 1px solid var(--line); overflow-wrap: anywhere; }
 td.n { text-align: right; font-variant-numeric: tabular-nums; }
