@@ -48,7 +48,7 @@ def main() -> None:
         settings = Path(folder) / "taylor_patch.toml"
         settings.write_text("[taylor_patch]\n")
         with Server(Path(comfyui), Path(folder) / "server", python, nodes=[NODES],
-                    env={"TAYLOR_PATCH": "1", "TAYLOR_PATCH_CONFIG": str(settings)}) as server:
+                    env={"TAYLOR_PATCH": "1", "TAYLOR_PATCH_CONFIG": str(settings), "OMP_NUM_THREADS": "1"}) as server:
             asyncio.run(visit(server))
 
 
