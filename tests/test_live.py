@@ -115,6 +115,14 @@ def test_state_and_report_of_a_run(comfy, configure, tmp_path):
     assert report().count("<svg") == 4 and "secret" not in report() + str(shown)
 
 
+def test_a_run_in_progress_is_shown(configure):
+    configure("")
+    with engine().run([1.0, 0.0]) as current:
+        current.exact("too small")
+        (line,) = state()["running"]
+    assert "exact 1 (exact because: too small: 1)" in line and line.endswith("in progress") and state()["running"] == []
+
+
 def test_an_invalid_file_is_shown_with_its_place(configure):
     configure("[taylor_patch]\nquality = 'fats'\n")
     assert ':2:1: taylor_patch.quality: "fats" is not one of' in state()["problem"]
@@ -230,6 +238,7 @@ def test_routes(comfy, configure):
         ("GET", "/taylor_patch"), ("GET", "/api/taylor_patch/state"), ("GET", "/taylor_patch/state"), CHANGE, ("GET", "/taylor_patch/report"),
         ("GET", "/other"))
     assert page[0] == 200 and "<title>taylor_patch</title>" in page[1] and "--series-0:" in page[1]
+    assert "http" not in page[1] and " src=" not in page[1], "nothing is loaded from elsewhere"
     assert under_api == before and before[1]["settings"]["backend"]["value"] == "auto" and before[1]["patched"]
     assert changed[0] == 200 and changed[1]["settings"]["backend"]["value"] == "sdpa" and written(path).settings.backend == "sdpa"
     assert fragment == (200, "") and other == (200, "ComfyUI")
