@@ -22,7 +22,7 @@ LOOKS = {"live-control.png": {"width": 800}, "live-control-dark-phone.png": {"wi
 
 
 async def visit(server: Server) -> None:
-    """Choose near_far, compare a run, and take the pictures."""
+    """Choose near_far, compare a run, take the pictures, and print its line."""
     program = browser.find()
     if program is None:
         raise SystemExit(f"none of {', '.join(browser.NAMES)} is on this machine")
@@ -31,6 +31,8 @@ async def visit(server: Server) -> None:
         await page.open(address)
         await page.until("!document.querySelector('#backend').disabled")
         await page.choose("#backend", "near_far")
+        await page.choose("#quality", "fast")
+        await page.until("document.querySelector('#state').textContent.includes('has backend near_far, quality fast')")
         await page.click("#compare")
         await page.until("document.querySelector('#compare').getAttribute('aria-pressed') === 'true'")
         await asyncio.to_thread(server.run, workflow(64, 12, 17, 0))
@@ -39,6 +41,7 @@ async def visit(server: Server) -> None:
             await page.until("document.querySelectorAll('#report svg').length === 4")
             picture = Image.open(io.BytesIO(await page.picture())).convert("RGB").quantize(128)
             picture.save(FOLDER / name, optimize=True)
+        print(await page.value("document.querySelector('#line').textContent"))
 
 
 def main() -> None:
