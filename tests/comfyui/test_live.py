@@ -56,7 +56,7 @@ def test_switches_by_request(start, patched_python, config):
     assert torch.equal(first, second) and not torch.equal(first, exact) and torch.equal(again, exact)
     one, two, three, four = summaries(server)
     assert "near_far" not in one and "compared with exact attention" not in one + three + four and 'backend = "sdpa"' in four
-    compared = re.search(r"near_far (\d+),.* compared with exact attention: (\d+) calls, error \d", two)
+    compared = re.search(r"near_far (\d+).* compared with exact attention: (\d+) calls, error \d", two)
     assert compared and compared[1] == compared[2] and f"taylor_patch: {shown['last_run']}" == three and charts.count("<svg") == 4
     assert config.read_text().startswith("[taylor_patch]\nmin_tokens = 64  # of a tiny model\n")
     assert wrong[0] == 400 and re.search(r'live\.toml:\d:1: taylor_patch\.quality: \\"fats\\" is not one of', wrong[1])
