@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -164,6 +165,7 @@ def _evaluate(plan: Plan, chunk: Chunk, number: int, first_state: int, states: i
         num_warps=tile.warps, num_stages=tile.stages)
 
 
+@lru_cache(maxsize=256)
 def make_plan(q_shape: torch.Size, k_shape: torch.Size, dtype: torch.dtype, terms: int, hermite: bool, sub_head_blocks: int,
               feature_chunk: int, value_chunk: int, s_store_bf16: bool, force_fp32: bool, workspace_limit: int) -> Plan:
     """The plan of a call; q_shape [B, H, N_q, D], k_shape [B, H_kv, N_kv, D]."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -45,32 +46,32 @@ class Plan:
     store_nbytes: int  # bytes of an element of S
     workspace_limit: int  # bytes
 
-    @property
+    @cached_property
     def states(self) -> int:
         return self.batch * self.heads_kv * self.sub_head_blocks
 
-    @property
+    @cached_property
     def group(self) -> int:
         """Query heads that share a state."""
         return self.heads // self.heads_kv
 
-    @property
+    @cached_property
     def value_columns(self) -> tuple[tuple[int, int], ...]:
         """Ranges of value columns that are worked on one after the other."""
         step = self.value_chunk or self.dim
         return tuple((first, min(first + step, self.dim)) for first in range(0, self.dim, step))
 
-    @property
+    @cached_property
     def width(self) -> int:
         """Value columns at once."""
         return min(self.value_chunk or self.dim, self.dim)
 
-    @property
+    @cached_property
     def row(self) -> int:
         """Elements of a row of S: values padded to a multiple of 16, then Z's columns."""
         return -(-self.width // 16) * 16 + Z_COLUMNS
 
-    @property
+    @cached_property
     def chunks(self) -> tuple[Chunk, ...]:
         """Feature chunks by rising degree; degrees 0 and 1 go with the last chunk of degree 2."""
         found = []
@@ -104,7 +105,7 @@ class Plan:
         during_moments = moments * (self.moment_splits(states) + 1)
         return max(during_moments, moments + sums + max(self.state_nbytes(chunk, states) for chunk in self.chunks))
 
-    @property
+    @cached_property
     def states_at_once(self) -> int:
         """The most states whose workspace stays within the limit; 1 at least."""
         low, high = 1, self.states
