@@ -15,7 +15,7 @@ backend worked with (after normalisation, say). q_norm, k_norm: mean L2 norms. l
 scale * q.k."""
 
 SAMPLED_KEYS = 64
-EVERY_CALLS = 8
+EVERY_CALLS = 32
 """One in so many calls of an evaluation is sampled, another one each step, so that the cost stays small against attention; in the first
 evaluation of a run all are."""
 

@@ -269,7 +269,7 @@ def test_profile_wins_over_its_file_and_not_over_variables(configure):
     configure(PROFILES)
     found = load()
     assert found.target_error == 0.10 and [rule.backend for rule in found.rules] == ["near_far"]
-    assert load({"TAYLOR_PATCH_QUALITY": "balanced"}).target_error == 0.05
+    assert load({"TAYLOR_PATCH_QUALITY": "balanced"}).target_error == 0.03
     other = load({"TAYLOR_PATCH_PROFILE": "picture"})
     assert other.settings.backend == "near_far" and other.target_error == 0.02 and [rule.backend for rule in other.rules] == ["sdpa"]
     assert load({"TAYLOR_PATCH_PROFILE": ""}).target_error == 0.02
