@@ -66,7 +66,7 @@ def test_rows_are_spread_repeatable_and_in_range():
 def test_every_call_is_sampled_in_some_step():
     seen = {call for step in range(guard.EVERY_CALLS) for call in range(40) if guard.is_sampled(call, step, 1, False)}
     assert seen == set(range(40))
-    assert sum(guard.is_sampled(call, 3, 1, False) for call in range(40)) == 5 and guard.is_sampled(17, 3, 1, True)
+    assert sum(guard.is_sampled(call, 3, 1, False) for call in range(4 * guard.EVERY_CALLS)) == 4 and guard.is_sampled(17, 3, 1, True)
     assert not any(guard.is_sampled(call, step, 4, False) for call in range(40) for step in (1, 2, 3))
 
 
