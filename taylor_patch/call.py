@@ -35,6 +35,7 @@ class AttentionCall:
     grid: where the image tokens are, or None where that is not known; grid_reason then says why.
     step, sigma, block: position in the sampling run, None outside one.
     target_error: relative L2 error that the user's `quality` allows.
+    fingerprint: what tells models of one kind from others (run.fingerprint_of), None outside a model evaluation.
     A backend returns [B, H, N_q, D] in q's dtype and leaves q, k, v as they are.
     """
 
@@ -51,6 +52,7 @@ class AttentionCall:
     block: int | None = None
     model: str | None = None
     target_error: float = 0.05
+    fingerprint: str | None = None
 
     @property
     def self_attention(self) -> bool:

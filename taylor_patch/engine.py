@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from taylor_patch import cache, guard, plugins
 from taylor_patch import config as configuration
-from taylor_patch import guard, plugins
 from taylor_patch.backends.base import Backend, Fallback
 from taylor_patch.call import AttentionCall
 from taylor_patch.errors import ConfigError
@@ -63,6 +63,7 @@ class Engine:
 
     def _put_in_force(self, loaded: configuration.Config) -> None:
         self.config = loaded
+        cache.switch(loaded.settings.cache)
         self.log_file = LogFile(Path(loaded.settings.log_file).expanduser()) if loaded.settings.log_file else None
         self.router = Router(loaded, self.registry)
         self.registry.notify("taylor_patch_configure", config=loaded)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import threading
 import time
@@ -65,6 +66,8 @@ class Evaluation:
     patches: tuple[tuple[int, int, int], ...]
     has_reference: bool = False
     double_blocks: int = 0
+    fingerprint: str | None = None
+    """fingerprint_of the model."""
     exact: str | None = None
     """Why all of this evaluation is exact, or None."""
     calls: int = 0
@@ -101,6 +104,8 @@ class SamplingRun:
     """Shapes and arguments of calls that the router left to exact attention -> why."""
     sigmas: dict[float, float] = field(default_factory=dict)
     """Part of the schedule, 0 to 1 -> sigma there."""
+    fingerprints: dict[int, str | None] = field(default_factory=dict)
+    """id of a diffusion model -> fingerprint_of it."""
     log_calls: bool = False
     """Log a line for every attention call."""
     name: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
@@ -183,11 +188,26 @@ def family_of(model: Any) -> str:
     return type(model.model_config).__name__ if name == "BaseModel" and hasattr(model, "model_config") else name
 
 
+def fingerprint_of(model: Any) -> str | None:
+    """Family and a hash of the parameters' names and shapes: the same for fine-tunes of a model, and for nothing else. No weight is read.
+
+    None where the model does not show its parameters.
+    """
+    try:
+        shapes = [(name, tuple(parameter.shape)) for name, parameter in model.diffusion_model.named_parameters()]
+    except Exception:
+        return None
+    return f"{family_of(model)}-{hashlib.sha256(repr(shapes).encode()).hexdigest()[:16]}"
+
+
 def describe(run: SamplingRun, model: Any, latent_shape: Sequence[int] | None, sigma: float | None, has_reference: bool = False) -> Evaluation:
     """The Evaluation of one call of the diffusion model. model: ComfyUI's BaseModel or anything with a `diffusion_model`."""
     diffusion_model = getattr(model, "diffusion_model", None)
+    if id(diffusion_model) not in run.fingerprints:
+        run.fingerprints[id(diffusion_model)] = fingerprint_of(model)
     return Evaluation(run, None if latent_shape is None else tuple(latent_shape), sigma, None if sigma is None else run.step_of(sigma),
-                      family_of(model), patch_sizes(diffusion_model), has_reference, len(getattr(diffusion_model, "double_blocks", ())))
+                      family_of(model), patch_sizes(diffusion_model), has_reference, len(getattr(diffusion_model, "double_blocks", ())),
+                      run.fingerprints[id(diffusion_model)])
 
 
 @contextmanager

@@ -198,5 +198,6 @@ def _placed(call: AttentionCall, evaluation: Evaluation | None, options: dict[st
             found, why = grid.infer(call.q.shape[2], evaluation.latent_shape, evaluation.patches, evaluation.family,
                                     evaluation.has_reference, options)
         placed = dataclasses.replace(call, grid=found, grid_reason=why, step=evaluation.step, sigma=evaluation.sigma,
-                                     block=evaluation.block_index(options), model=evaluation.family)
+                                     block=evaluation.block_index(options), model=evaluation.family,
+                                     fingerprint=evaluation.fingerprint)
     return dataclasses.replace(placed, target_error=target_error(placed))
