@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ class AttentionCall:
     step, sigma, block: position in the sampling run, None outside one.
     target_error: relative L2 error that the user's `quality` allows.
     fingerprint: what tells models of one kind from others (run.fingerprint_of), None outside a model evaluation.
+    memo: where a backend may keep what it has settled until the run ends (every backend under a name of its own), None outside a run.
     A backend returns [B, H, N_q, D] in q's dtype and leaves q, k, v as they are.
     """
 
@@ -53,6 +54,7 @@ class AttentionCall:
     model: str | None = None
     target_error: float = 0.05
     fingerprint: str | None = None
+    memo: dict[Any, Any] | None = field(default=None, compare=False, repr=False)
 
     @property
     def self_attention(self) -> bool:

@@ -106,6 +106,8 @@ class SamplingRun:
     """Part of the schedule, 0 to 1 -> sigma there."""
     fingerprints: dict[int, str | None] = field(default_factory=dict)
     """id of a diffusion model -> fingerprint_of it."""
+    memo: dict[Any, Any] = field(default_factory=dict)
+    """What backends have settled in this run; AttentionCall.memo."""
     log_calls: bool = False
     """Log a line for every attention call."""
     name: str = field(default_factory=lambda: uuid.uuid4().hex[:12])

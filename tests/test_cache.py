@@ -54,7 +54,8 @@ def test_the_oldest_go_first(monkeypatch):
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", "[" * 100_000, "\x00\xff", '{"version": 99, "entries": []}',
-                                     '{"version": 1}', '{"version": 1, "entries": [1]}', '{"version": 1, "entries": [{"kind": "tune", "key": 1, "value": 2}]}'])
+                                     '{"version": 1}', '{"version": 1, "entries": [1]}',
+                                     '{"version": 1, "entries": [{"kind": "tune", "key": 1, "value": 2}]}'])
 def test_a_file_that_is_no_cache_costs_one_line(content, caplog):
     cache.path().parent.mkdir(parents=True)
     cache.path().write_text(content, encoding="latin-1")

@@ -199,5 +199,5 @@ def _placed(call: AttentionCall, evaluation: Evaluation | None, options: dict[st
                                     evaluation.has_reference, options)
         placed = dataclasses.replace(call, grid=found, grid_reason=why, step=evaluation.step, sigma=evaluation.sigma,
                                      block=evaluation.block_index(options), model=evaluation.family,
-                                     fingerprint=evaluation.fingerprint)
+                                     fingerprint=evaluation.fingerprint, memo=evaluation.run.memo)
     return dataclasses.replace(placed, target_error=target_error(placed))
