@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,14 @@ from taylor_patch.call import AttentionCall
 from taylor_patch.errors import ConfigError
 from taylor_patch.memory import Workspaces, predict
 from taylor_patch.router import Choice, Router
-from taylor_patch.run import Evaluation, RunSummary, SamplingRun, counted, family_of, sampling_run
-from taylor_patch.telemetry import Answer, LogFile, StepRecord, Timer, figures_text, step_content
+from taylor_patch.run import Evaluation, RunSummary, SamplingRun, Totals, counted, family_of, sampling_run
+from taylor_patch.telemetry import Answer, ExactTime, LogFile, StepRecord, Timer, figures_text, step_content
 
 log = logging.getLogger("taylor_patch")
 
 NOT_FINITE = "returned values that are not finite"
+EXACT_TIME = "exact_time"
+"""Kind of what is kept on disk of the times of exact attention."""
 
 
 class Engine:
@@ -38,6 +41,7 @@ class Engine:
         self._overrides, self._environ = overrides, environ
         self._lock = threading.Lock()
         self.last_run: RunSummary | None = None
+        self.totals = Totals()
         self.problem: str | None = None
         self._guard_failed = False
         self.workspaces = Workspaces()
@@ -130,7 +134,8 @@ class Engine:
             spent = ", ".join(f"{name} {milliseconds:.1f} ms" for name, milliseconds in sorted(step.milliseconds.items()))
             log.info("taylor_patch: %s", ", ".join(filter(None, (
                 f"{step.model}: step {step.step}, sigma {'?' if step.sigma is None else format(step.sigma, '.4g')}: "
-                f"{counted(step.calls, step.fallbacks)}", spent, figures_text(step)))))
+                f"{counted(step.calls, step.fallbacks)}", spent,
+                "" if step.saved_milliseconds is None else f"estimated {step.saved_milliseconds:.1f} ms saved", figures_text(step)))))
         if self.log_file is not None:
             self.log_file.write("step", run.name, step_content(step))
 
@@ -139,6 +144,10 @@ class Engine:
             self.last_run = run.summary(outcome)
             if self.config.settings.log != "off":
                 log.info("taylor_patch: %s", self.last_run.line())
+            self.totals.add(self.last_run)
+            for found in run.exact_times.values():
+                if found.measured and found.key is not None and (milliseconds := found.milliseconds()) is not None:
+                    cache.store(EXACT_TIME, found.key, {"milliseconds": milliseconds})
             self.workspaces.record(run.model, run.latent_shape, max(run.workspaces.values(), default=0))
             if self.log_file is not None:
                 summary = {"schedule": run.schedule, "settings": configuration.plain(self.config), **dataclasses.asdict(self.last_run)}
@@ -154,14 +163,17 @@ class Engine:
             return Choice(None, (f"{choice.backend.name}: failed earlier in this run",))
         return choice
 
-    def attempt(self, backend: Backend, call: AttentionCall, run: SamplingRun, evaluation: Evaluation | None = None) -> Tensor | None:
+    def attempt(self, backend: Backend, call: AttentionCall, run: SamplingRun, evaluation: Evaluation | None = None,
+                exact: partial[Any] | None = None) -> Tensor | None:
         """[B, H, N_q, D] from `backend`, or None where exact attention has to answer; counted either way.
 
+        exact: ComfyUI's own attention on the same inputs; timed where its time is not known yet.
         On a GPU the check for values that are not finite is left on the device, in evaluation.answers.
         """
         if (backend.name, call.signature, call.block) in run.too_far:
             run.exact(f"{backend.name}: error above quality_limit in this block")
             return None
+        exact_time = None if evaluation is None else self._exact_time(call, run, exact)
         try:
             timer = Timer(call.q.device)
             out = backend.run(call)
@@ -186,13 +198,28 @@ class Engine:
                 evaluation.max_head_dim = max(evaluation.max_head_dim, call.q.shape[-1])
                 evaluation.answers.append(Answer(backend.name, call.signature, call.block, finite, timer,
                                                  call.target_error * (self.config.settings.quality_limit or math.inf),
-                                                 self._figures(backend, call, out, evaluation), backend.denominators()))
+                                                 self._figures(backend, call, out, evaluation), backend.denominators(), exact_time))
             return out
         run.broken.add((backend.name, call.signature))
         run.exact(f"{backend.name}: {problem}")
         log.warning('taylor_patch: backend "%s" failed on q %s %s (%s); exact attention takes its place for such calls in this run.',
                     backend.name, list(call.q.shape), str(call.q.dtype).removeprefix("torch."), problem)
         return None
+
+    def _exact_time(self, call: AttentionCall, run: SamplingRun, exact: partial[Any] | None) -> ExactTime | None:
+        """What exact attention takes for such calls. Known from an earlier run, or timed on the first two calls, before the backend's."""
+        found = run.exact_times.get(call.signature)
+        if found is None:
+            if exact is None or not self.config.settings.quality_check:
+                return None
+            place = cache.place(call)
+            key = None if place is None else {**place, "function": getattr(exact.func, "__qualname__", ""), "torch": torch.__version__}
+            kept = None if key is None else (cache.load(EXACT_TIME, key) or {}).get("milliseconds")
+            usable = isinstance(kept, int | float) and math.isfinite(kept) and kept > 0
+            found = run.exact_times[call.signature] = ExactTime(key, float(kept) if usable else None)  # type: ignore[arg-type]
+        if exact is not None and found.wanted:
+            found.measure(exact, call.q.device)
+        return found
 
     def _figures(self, backend: Backend, call: AttentionCall, out: Tensor, evaluation: Evaluation) -> Tensor | None:
         """The guard's figures where this call is sampled. The guard must never cost the picture: what it raises turns it off."""

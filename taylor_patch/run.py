@@ -11,11 +11,11 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from taylor_patch.call import AttentionCall
 from taylor_patch.grid import patch_sizes
-from taylor_patch.telemetry import Answer, StepRecord, quality_text
+from taylor_patch.telemetry import Answer, ExactTime, StepRecord, compared, quality_text, saved_text
 
 log = logging.getLogger("taylor_patch")
 
@@ -38,13 +38,51 @@ class RunSummary:
     """Backend name -> milliseconds in it."""
     quality: str = ""
     """Sampled error against exact attention, as text."""
+    saved_seconds: float | None = None
+    """Estimated time saved against exact attention; None where there is no measurement to go by."""
+    speed_up: float | None = None
+    """Estimated time of exact attention over that of the backends, for the same calls."""
 
     def line(self) -> str:
         """One line for the log."""
         spent = ", ".join(f"{name} {milliseconds / 1000:.1f} s" for name, milliseconds in sorted(self.milliseconds.items()))
-        parts = (f"attention calls: {counted(self.calls, self.fallbacks)}", spent, self.quality,
+        parts = (f"attention calls: {counted(self.calls, self.fallbacks)}", spent, saved_text(self.saved_seconds, self.speed_up), self.quality,
                  "" if self.outcome == "finished" else self.outcome)
         return f"{self.model or 'model'}: {self.evaluations} model evaluations in {self.seconds:.1f} s, " + ", ".join(filter(None, parts))
+
+
+@dataclass
+class Totals:
+    """Sums over runs, for status() and whoever watches a process."""
+
+    runs: Counter[str] = field(default_factory=Counter)
+    """Outcome -> runs."""
+    evaluations: int = 0
+    calls: Counter[str] = field(default_factory=Counter)
+    fallbacks: Counter[str] = field(default_factory=Counter)
+    milliseconds: Counter[str] = field(default_factory=Counter)
+    saved_seconds: float = 0.0
+
+    REASONS: ClassVar[int] = 100
+    """Reasons told apart; those beyond count as "other"."""
+
+    def add(self, summary: RunSummary) -> None:
+        """Count a run."""
+        self.runs[summary.outcome] += 1
+        self.evaluations += summary.evaluations
+        self.calls.update(summary.calls)
+        self.milliseconds.update(summary.milliseconds)
+        self.saved_seconds += summary.saved_seconds or 0.0
+        for reason, count in summary.fallbacks.items():
+            self.fallbacks[reason if reason in self.fallbacks or len(self.fallbacks) < self.REASONS else "other"] += count
+
+    def including(self, running: RunSummary | None) -> Totals:
+        """A copy that counts the run in progress too."""
+        made = Totals(Counter(self.runs), self.evaluations, Counter(self.calls), Counter(self.fallbacks), Counter(self.milliseconds),
+                      self.saved_seconds)
+        if running is not None:
+            made.add(running)
+        return made
 
 
 def counted(calls: Mapping[str, int], fallbacks: Mapping[str, int]) -> str:
@@ -108,6 +146,8 @@ class SamplingRun:
     """id of a diffusion model -> fingerprint_of it."""
     memo: dict[Any, Any] = field(default_factory=dict)
     """What backends have settled in this run; AttentionCall.memo."""
+    exact_times: dict[Any, ExactTime] = field(default_factory=dict)
+    """Signature of calls that a backend answers -> what exact attention takes for them."""
     log_calls: bool = False
     """Log a line for every attention call."""
     name: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
@@ -143,13 +183,16 @@ class SamplingRun:
         spent: Counter[str] = Counter()
         for record in self.records:
             spent.update(record.milliseconds)
+        times = compared(self.records)
+        saved, speed_up = (None, None) if times is None else ((times[1] - times[0]) / 1000, times[1] / max(times[0], 1e-6))
         return RunSummary(self.model, max(len(self.schedule) - 1, 0), self.evaluations, with_exact(self.calls, self.fallbacks),
-                          dict(self.fallbacks), time.monotonic() - self.started, outcome, dict(spent), quality_text(self.records))
+                          dict(self.fallbacks), time.monotonic() - self.started, outcome, dict(spent), quality_text(self.records),
+                          saved, speed_up)
 
 
 def with_exact(calls: Mapping[str, int], fallbacks: Mapping[str, int]) -> dict[str, int]:
     """`calls` and, under "exact", the calls that exact attention answered."""
-    return {**({"exact": sum(fallbacks.values())} if fallbacks else {}), **calls}
+    return {**({"exact": sum(list(fallbacks.values()))} if fallbacks else {}), **calls}
 
 
 class _Position(threading.local):

@@ -8,7 +8,7 @@ import math
 import os
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,45 @@ class Timer:
         return float(self._start.elapsed_time(self._stop)) if self._cuda else (self._stop - self._start) * 1000
 
 
+class ExactTime:
+    """What exact attention takes for calls of one form: as an earlier run has kept it, or the less of two calls that are timed.
+
+    key: what it is kept under, None where it is not.
+    """
+
+    CALLS = 2
+
+    def __init__(self, key: Mapping[str, Any] | None, kept: float | None = None) -> None:
+        self.key, self.measured = key, kept is None
+        self._milliseconds = kept
+        self._timers: list[Timer] = []
+        self._failed = False
+
+    @property
+    def wanted(self) -> bool:
+        """Whether another call should be timed."""
+        return self.measured and not self._failed and self._milliseconds is None and len(self._timers) < self.CALLS
+
+    def measure(self, exact: Callable[[], object], device: torch.device) -> None:
+        """Time exact attention on the inputs of the call at hand. What it raises ends the measuring, unless it is ComfyUI's interrupt."""
+        try:
+            timer = Timer(device)
+            exact()
+            timer.stop()
+            self._timers.append(timer)
+        except Exception as error:
+            if type(error).__name__ == "InterruptProcessingException":
+                raise
+            self._failed = True
+
+    def milliseconds(self) -> float | None:
+        """The time, None while it is not known; on CUDA only after the device has passed the calls that were timed."""
+        if self._milliseconds is None and len(self._timers) == self.CALLS:
+            self._milliseconds = min(timer.milliseconds() for timer in self._timers)
+            self._timers.clear()
+        return self._milliseconds
+
+
 @dataclass
 class Answer:
     """One call that a backend answered. finite and figures are still on the device."""
@@ -62,17 +101,20 @@ class Answer:
     """Sampled error from which the block is exact."""
     figures: Tensor | None = None
     denominators: Mapping[str, float] | None = None
+    exact: ExactTime | None = None
 
 
 @dataclass(frozen=True)
 class BlockRecord:
-    """An Answer, read. figures: FIGURES by name, empty where the call was not sampled."""
+    """An Answer, read. figures: FIGURES by name, empty where the call was not sampled. exact_milliseconds: what exact attention takes
+    for such a call, None where that is not known."""
 
     backend: str
     block: int | None
     milliseconds: float
     figures: Mapping[str, float] = field(default_factory=dict)
     denominators: Mapping[str, float] | None = None
+    exact_milliseconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -95,6 +137,12 @@ class StepRecord:
         for block in self.blocks:
             total[block.backend] += block.milliseconds
         return dict(total)
+
+    @property
+    def saved_milliseconds(self) -> float | None:
+        """Estimated time saved against exact attention, by the calls for which its time is known; None where it is for none."""
+        found = compared([self])
+        return None if found is None else found[1] - found[0]
 
     def values(self, name: str) -> list[float]:
         """A figure of all sampled calls."""
@@ -122,12 +170,28 @@ def read(answers: Iterable[Answer]) -> Reading:
     blocks, bad, far = [], [], {}
     for answer, flag in zip(answers, finite, strict=True):
         figures = {} if answer.figures is None else {name: next(rest) for name in FIGURES}
-        blocks.append(BlockRecord(answer.backend, answer.block, answer.timer.milliseconds(), figures, answer.denominators))
+        blocks.append(BlockRecord(answer.backend, answer.block, answer.timer.milliseconds(), figures, answer.denominators,
+                                  None if answer.exact is None else answer.exact.milliseconds()))
         if not flag:
             bad.append((answer.backend, answer.signature))
         elif figures.get("quality_raw", 0.0) > answer.limit:
             far[answer.backend, answer.signature, answer.block] = figures["quality_raw"]
     return Reading(tuple(blocks), tuple(bad), far)
+
+
+def compared(records: Iterable[StepRecord]) -> tuple[float, float] | None:
+    """(milliseconds of our backends, of exact attention for the same calls) over the calls for which the latter is known, or None."""
+    pairs = [(block.milliseconds, block.exact_milliseconds) for record in records for block in record.blocks
+             if block.exact_milliseconds is not None]
+    return (sum(ours for ours, _ in pairs), sum(exact for _, exact in pairs)) if pairs else None
+
+
+def saved_text(saved_seconds: float | None, speed_up: float | None) -> str:
+    """"estimated 3.1 s saved (attention 2.4 times as fast as exact)", or an empty string where there is no estimate."""
+    if saved_seconds is None or speed_up is None:
+        return ""
+    return (f"estimated {abs(saved_seconds):.1f} s {'saved' if saved_seconds >= 0 else 'lost'} "
+            f"(attention {speed_up:.2g} times as fast as exact)")
 
 
 def quality_text(records: Iterable[StepRecord]) -> str:
@@ -178,4 +242,4 @@ def step_content(record: StepRecord) -> dict[str, Any]:
             return {key: rounded(item) for key, item in value.items()}
         return [rounded(item) for item in value] if isinstance(value, list | tuple) else value
 
-    return rounded({**asdict(record), "milliseconds": record.milliseconds})  # type: ignore[no-any-return]
+    return rounded({**asdict(record), "milliseconds": record.milliseconds, "saved_milliseconds": record.saved_milliseconds})  # type: ignore[no-any-return]

@@ -58,6 +58,7 @@ def test_the_page_is_whole_and_has_every_part(log, tmp_path):
     checker.feed(text)
     assert checker.open == [] and checker.seen.count("svg") == 8 and "script" not in checker.seen
     for part in ("2 sampling runs", "Error of sampled calls", "Backend of each block", "Time in backends", "Logits by block",
+                 "exact attention for the same calls, estimated", "times as fast as exact",
                  "backend = &quot;sdpa&quot;", "backends.near_far.density", "prefers-color-scheme: dark", 'name="viewport"'):
         assert part in text, part
 

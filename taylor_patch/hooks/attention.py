@@ -84,7 +84,7 @@ def replace(original: Callable[..., Any]) -> Callable[..., Any]:
         options = kwargs.get("transformer_options")
         if options is None or "sigmas" not in options:
             return original(*args, **kwargs)
-        out = _answer_outside_graph(args, kwargs) if is_compiling() else answer(args, kwargs)
+        out = _answer_outside_graph(args, kwargs, original) if is_compiling() else answer(args, kwargs, original)
         return original(*args, **kwargs) if out is None else out
 
     functools.update_wrapper(optimized_attention, original, updated=())
@@ -95,12 +95,12 @@ def replace(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @torch.compiler.disable
-def _answer_outside_graph(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+def _answer_outside_graph(args: tuple[Any, ...], kwargs: dict[str, Any], original: Callable[..., Any]) -> Tensor | None:
     """Decisions depend on step and block, so a traced graph must not hold them as constants: one graph break."""
-    return answer(args, kwargs)
+    return answer(args, kwargs, original)
 
 
-def answer(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+def answer(args: tuple[Any, ...], kwargs: dict[str, Any], original: Callable[..., Any]) -> Tensor | None:
     """A backend's result for a sampling call, in the layout that was asked for; None, with the reason counted, where the original
     function has to answer."""
     evaluation = current_evaluation()
@@ -135,7 +135,7 @@ def answer(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
             if (known := run.known_exact.get(key)) is not None:
                 run.exact(known)
                 return None
-        return _handle(current, run, evaluation, key, *args, **kwargs)
+        return _handle(current, run, evaluation, key, original, *args, **kwargs)
     except Unsupported as error:
         run.exact(str(error))
     except Exception as error:
@@ -159,10 +159,10 @@ def _demands_exact(kwargs: dict[str, Any], evaluation: Evaluation | None) -> str
     return None if evaluation is None else evaluation.exact
 
 
-def _handle(current: Engine, run: SamplingRun, evaluation: Evaluation | None, key: Any, q: Any, k: Any, v: Any,
-            heads: int, mask: Tensor | None = None, attn_precision: Any = None, skip_reshape: bool = False,
+def _handle(current: Engine, run: SamplingRun, evaluation: Evaluation | None, key: Any, original: Callable[..., Any],
+            q: Any, k: Any, v: Any, heads: int, mask: Tensor | None = None, attn_precision: Any = None, skip_reshape: bool = False,
             skip_output_reshape: bool = False, *, transformer_options: dict[str, Any], scale: float | None = None,
-            enable_gqa: bool = False, **_: Any) -> Tensor | None:
+            enable_gqa: bool = False, **wishes: Any) -> Tensor | None:
     """Choose and run a backend; from q on the arguments are ComfyUI's. key: what the run remembers a choice for exact attention by."""
     containers = [x for x in (q, k, v) if type(x) is not Tensor and hasattr(x, "peek")]
     if containers:
@@ -179,7 +179,10 @@ def _handle(current: Engine, run: SamplingRun, evaluation: Evaluation | None, ke
             run.known_exact[key] = reason
         run.exact(reason)
         return None
-    out = current.attempt(choice.backend, call, run, evaluation)
+    exact = functools.partial(original, q, k, v, heads, mask, attn_precision, skip_reshape, skip_output_reshape,
+                              transformer_options=transformer_options, **wishes, **({} if scale is None else {"scale": scale}),
+                              **({"enable_gqa": True} if enable_gqa else {}))
+    out = current.attempt(choice.backend, call, run, evaluation, exact)
     if out is None:
         return None
     for container in containers:

@@ -8,6 +8,7 @@ from typing import Any
 
 from taylor_patch.report import charts
 from taylor_patch.report.runs import Run
+from taylor_patch.telemetry import saved_text
 
 STYLE = """
 :root { color-scheme: light dark; --paper: #fcfcfb; --ink: #1c1c1a; --soft: #6b6a65; --line: #dddcd6; --empty: #e9e8e3;
@@ -23,6 +24,7 @@ p { margin: .3rem 0; color: var(--soft); } svg { width: 100%; height: auto; disp
 td, th { text-align: left; padding: .25rem .6rem .25rem 0; border-bottom: 1px solid var(--line); overflow-wrap: anywhere; }
 td.n { text-align: right; font-variant-numeric: tabular-nums; }
 .key span { display: inline-block; width: .8rem; height: .8rem; margin: 0 .3rem 0 .8rem; border-radius: 2px; vertical-align: -1px; }
+.key span.line { height: 2px; background: var(--ink); vertical-align: 4px; }
 """
 
 ERROR_STEPS = (0.01, 0.02, 0.05, 0.1, 0.2)
@@ -44,7 +46,8 @@ def _run(run: Run) -> str:
             + (f" in {seconds:.1f} s" if seconds is not None else ", in progress") + "</h2>")
     quality = run.summary.get("quality") or "no call was sampled"
     outcome = run.summary.get("outcome", "")
-    parts = [head, f"<p>{escape(quality)}{'' if outcome in ('', 'finished') else ', ' + escape(outcome)}</p>"]
+    saved = saved_text(run.summary.get("saved_seconds"), run.summary.get("speed_up"))
+    parts = [head, f"<p>{escape(', '.join(filter(None, (saved, quality, '' if outcome == 'finished' else outcome))))}</p>"]
     if run.blocks:
         parts += ["<h3>Error of sampled calls</h3><p>relative L2 against exact attention</p>", _errors(run, steps),
                   "<h3>Backend of each block</h3>", _backends(run, steps), "<h3>Time in backends</h3>", _times(run, steps)]
@@ -113,7 +116,9 @@ def _backends(run: Run, steps: list[Any]) -> str:
 def _times(run: Run, steps: list[Any]) -> str:
     names = _names(run)
     series = {name: [step["milliseconds"].get(name) or 0.0 for step in run.steps] for name in names}
-    return charts.bars(steps, series, "step", "milliseconds", "time in backends by step") + f'<p class="key">{_key(names)}</p>'
+    exact = run.exact_milliseconds()
+    key = _key(names) + ('<span class="line"></span>exact attention for the same calls, estimated' if any(exact) else "")
+    return charts.bars(steps, series, exact, "step", "milliseconds", "time in backends by step") + f'<p class="key">{key}</p>'
 
 
 def _logits(run: Run) -> str:
