@@ -21,15 +21,16 @@ from taylor_patch import cache, guard, plugins
 from taylor_patch import config as configuration
 from taylor_patch.backends.base import Backend, Fallback
 from taylor_patch.call import AttentionCall
-from taylor_patch.errors import ConfigError
+from taylor_patch.errors import ConfigError, said
 from taylor_patch.memory import Workspaces, predict
 from taylor_patch.router import Choice, Router
 from taylor_patch.run import Evaluation, RunSummary, SamplingRun, Totals, counted, family_of, sampling_run
-from taylor_patch.telemetry import Answer, ExactTime, LogFile, StepRecord, Timer, figures_text, step_content
+from taylor_patch.telemetry import Answer, Check, ExactTime, LogFile, StepRecord, Timer, figures_text, step_content
 
 log = logging.getLogger("taylor_patch")
 
 NOT_FINITE = "returned values that are not finite"
+WROTE_INPUTS = "wrote into q, k or v"
 EXACT_TIME = "exact_time"
 """Kind of what is kept on disk of the times of exact attention."""
 
@@ -173,11 +174,18 @@ class Engine:
         if (backend.name, call.signature, call.block) in run.too_far:
             run.exact(f"{backend.name}: error above quality_limit in this block")
             return None
-        exact_time = None if evaluation is None else self._exact_time(call, run, exact)
+        key = (backend.name, call.signature)
+        exact_time = before = None
+        if evaluation is not None:
+            exact_time = self._exact_time(call, run, exact)
+            before = None if key in run.attempted else checksums(call)
+        run.attempted.add(key)
+        problem = None
         try:
             timer = Timer(call.q.device)
             out = backend.run(call)
             timer.stop()
+            denominators = backend.denominators()
             problem = check_form(out, call)
             if problem is None:
                 finite = torch.isfinite(out.sum(dtype=torch.float32))
@@ -186,21 +194,26 @@ class Engine:
         except Fallback as reason:
             run.exact(f"{backend.name}: {reason}")
             return None
-        except Exception as error:
-            if type(error).__name__ == "InterruptProcessingException":  # ComfyUI's cancel button
+        except (Exception, SystemExit, GeneratorExit) as error:  # of these only ComfyUI's cancel button may end the run
+            if type(error).__name__ == "InterruptProcessingException":
                 raise
-            problem = "out of memory" if is_out_of_memory(error) else f"{type(error).__name__}: {error}"
+            problem = "out of memory" if is_out_of_memory(error) else said(error)
+        finally:
+            if evaluation is not None and before is not None:
+                evaluation.checks.append(Check(*key, WROTE_INPUTS, same(before, checksums(call))))
         if problem is None:
             run.handled(backend.name, call)
-            if (key := (backend.name, call.signature)) not in run.workspaces:
+            if key not in run.workspaces:
                 run.workspaces[key] = stated_workspace(backend, call)
             if evaluation is not None:
                 evaluation.max_head_dim = max(evaluation.max_head_dim, call.q.shape[-1])
-                evaluation.answers.append(Answer(backend.name, call.signature, call.block, finite, timer,
+                if checks_later(out.device):
+                    evaluation.checks.append(Check(*key, NOT_FINITE, finite))
+                evaluation.answers.append(Answer(backend.name, call.signature, call.block, timer,
                                                  call.target_error * (self.config.settings.quality_limit or math.inf),
-                                                 self._figures(backend, call, out, evaluation), backend.denominators(), exact_time))
+                                                 self._figures(backend, call, out, evaluation), denominators, exact_time))
             return out
-        run.broken.add((backend.name, call.signature))
+        run.broken.add(key)
         run.exact(f"{backend.name}: {problem}")
         log.warning('taylor_patch: backend "%s" failed on q %s %s (%s); exact attention takes its place for such calls in this run.',
                     backend.name, list(call.q.shape), str(call.q.dtype).removeprefix("torch."), problem)
@@ -243,6 +256,16 @@ def stated_workspace(backend: Backend, call: AttentionCall) -> int:
         return 0
 
 
+def checksums(call: AttentionCall) -> Tensor:
+    """Sums of q, k and v, float32 [3] on the device."""
+    return torch.stack([x.sum(dtype=torch.float32) for x in (call.q, call.k, call.v)])
+
+
+def same(a: Tensor, b: Tensor) -> Tensor:
+    """Whether all values are equal, nan to nan too; a scalar on the device."""
+    return ((a == b) | (a.isnan() & b.isnan())).all()
+
+
 def check_form(out: object, call: AttentionCall) -> str | None:
     """What is wrong with the type, shape, dtype or device of a backend's result, or None."""
     if not isinstance(out, Tensor):
@@ -257,7 +280,7 @@ def checks_later(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
-def is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """True for torch's out-of-memory errors, also where they arrive as AcceleratorError code 2."""
     return isinstance(error, torch.OutOfMemoryError) or (type(error).__name__ == "AcceleratorError" and getattr(error, "error_code", 0) == 2)
 

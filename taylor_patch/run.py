@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 from taylor_patch.call import AttentionCall
 from taylor_patch.grid import patch_sizes
-from taylor_patch.telemetry import Answer, ExactTime, StepRecord, compared, quality_text, saved_text
+from taylor_patch.telemetry import Answer, Check, ExactTime, StepRecord, compared, quality_text, saved_text
 
 log = logging.getLogger("taylor_patch")
 
@@ -112,6 +112,8 @@ class Evaluation:
     """Attention calls so far; the hook counts every one, so that the number can stand for the block index."""
     answers: list[Answer] = field(default_factory=list)
     """The calls that backends answered, what was measured of them still on the device."""
+    checks: list[Check] = field(default_factory=list)
+    """What has to hold for the result to count, still on the device."""
     max_head_dim: int = 0
 
     def block_index(self, options: Mapping[str, Any]) -> int:
@@ -136,6 +138,8 @@ class SamplingRun:
     """(backend, signature) pairs that failed in this run."""
     too_far: set[tuple[Any, ...]] = field(default_factory=set)
     """(backend, signature, block) whose sampled error exceeded the limit."""
+    attempted: set[tuple[Any, ...]] = field(default_factory=set)
+    """(backend, signature) that a backend has been given; the first time its inputs are compared before and after."""
     sampled: bool = False
     """Whether an evaluation of this run has been sampled."""
     known_exact: dict[Any, str] = field(default_factory=dict)

@@ -89,13 +89,22 @@ class ExactTime:
 
 
 @dataclass
+class Check:
+    """What has to hold for an evaluation's result to count, still on the device. problem: what it means where `holds` is false."""
+
+    backend: str
+    signature: Any
+    problem: str
+    holds: Tensor
+
+
+@dataclass
 class Answer:
-    """One call that a backend answered. finite and figures are still on the device."""
+    """One call that a backend answered. figures are still on the device."""
 
     backend: str
     signature: Any
     block: int | None
-    finite: Tensor
     timer: Timer
     limit: float = math.inf
     """Sampled error from which the block is exact."""
@@ -151,32 +160,30 @@ class StepRecord:
 
 @dataclass(frozen=True)
 class Reading:
-    """The answers of an evaluation, read. not_finite: (backend, signature) of answers with values that are not finite. too_far: (backend,
-    signature, block) of answers whose sampled error exceeds their limit, with the error."""
+    """The answers of an evaluation, read. failed: checks that do not hold. too_far: (backend, signature, block) of answers whose sampled
+    error exceeds their limit, with the error."""
 
     blocks: tuple[BlockRecord, ...] = ()
-    not_finite: tuple[tuple[str, Any], ...] = ()
+    failed: tuple[Check, ...] = ()
     too_far: Mapping[tuple[str, Any, int | None], float] = field(default_factory=dict)
 
 
-def read(answers: Iterable[Answer]) -> Reading:
-    """Everything that the answers left on the device, with one read from it."""
-    answers = list(answers)
-    if not answers:
-        return Reading()
-    flat = torch.cat([answer.finite.reshape(1).float() for answer in answers]
-                     + [answer.figures for answer in answers if answer.figures is not None]).tolist()
-    finite, rest = flat[: len(answers)], iter(flat[len(answers) :])
-    blocks, bad, far = [], [], {}
-    for answer, flag in zip(answers, finite, strict=True):
+def read(answers: Iterable[Answer], checks: Iterable[Check] = ()) -> Reading:
+    """Everything that the answers and checks left on the device, with one read from it."""
+    answers, checks = list(answers), list(checks)
+    left = [check.holds.reshape(1).float() for check in checks] + [answer.figures for answer in answers if answer.figures is not None]
+    flat = torch.cat(left).tolist() if left else []
+    failed = tuple(check for check, holds in zip(checks, flat, strict=False) if not holds)
+    rest = iter(flat[len(checks) :])
+    bad = {(check.backend, check.signature) for check in failed}
+    blocks, far = [], {}
+    for answer in answers:
         figures = {} if answer.figures is None else {name: next(rest) for name in FIGURES}
         blocks.append(BlockRecord(answer.backend, answer.block, answer.timer.milliseconds(), figures, answer.denominators,
                                   None if answer.exact is None else answer.exact.milliseconds()))
-        if not flag:
-            bad.append((answer.backend, answer.signature))
-        elif figures.get("quality_raw", 0.0) > answer.limit:
+        if (answer.backend, answer.signature) not in bad and figures.get("quality_raw", 0.0) > answer.limit:
             far[answer.backend, answer.signature, answer.block] = figures["quality_raw"]
-    return Reading(tuple(blocks), tuple(bad), far)
+    return Reading(tuple(blocks), failed, far)
 
 
 def compared(records: Iterable[StepRecord]) -> tuple[float, float] | None:

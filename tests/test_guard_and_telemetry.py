@@ -13,7 +13,7 @@ from taylor_patch import engine as engines
 from taylor_patch import guard, telemetry
 from taylor_patch.backends.base import Backend
 from taylor_patch.call import AttentionCall
-from taylor_patch.telemetry import Answer, LogFile, Timer, read
+from taylor_patch.telemetry import Answer, Check, LogFile, Timer, read
 from tests.test_hooks import HEADS, SPARSE, broken_backend, last, qkv
 
 
@@ -71,17 +71,18 @@ def test_every_call_is_sampled_in_some_step():
 
 
 def test_read_pairs_figures_with_their_calls():
-    def answer(name, block, finite, figures=None):
+    def answer(name, block, figures=None):
         timer = Timer(torch.device("cpu"))
         timer.stop()
-        return Answer(name, ("shape", block), block, torch.tensor(finite), timer, 50.0, figures)
+        return Answer(name, ("shape", block), block, timer, 50.0, figures)
 
     values = torch.arange(len(guard.FIGURES)).float()
-    reading = read([answer("a", 0, True), answer("a", 1, False, values), answer("b", 2, True, values + 100)])
+    checks = [Check("a", ("shape", block), "odd", torch.tensor(block != 1)) for block in (0, 1)]
+    reading = read([answer("a", 0), answer("a", 1, values), answer("b", 2, values + 100)], checks)
     records = reading.blocks
     assert [r.figures.get("quality_raw") for r in records] == [None, 0, 100] and records[2].figures["logit_max"] == 107
     assert reading.too_far == {("b", ("shape", 2), 2): 100}
-    assert reading.not_finite == (("a", ("shape", 1)),) and all(0 <= r.milliseconds < 1000 for r in records)
+    assert reading.failed == (checks[1],) and all(0 <= r.milliseconds < 1000 for r in records)
     assert read([]) == telemetry.Reading()
 
 

@@ -20,6 +20,7 @@ from torch.compiler import is_compiling
 from taylor_patch import grid
 from taylor_patch.call import AttentionCall, Unsupported, from_comfyui, merge_heads
 from taylor_patch.engine import Engine, engine
+from taylor_patch.errors import said
 from taylor_patch.run import Evaluation, SamplingRun, current_evaluation, current_run
 
 log = logging.getLogger("taylor_patch")
@@ -141,7 +142,7 @@ def answer(args: tuple[Any, ...], kwargs: dict[str, Any], original: Callable[...
     except Exception as error:
         if type(error).__name__ == "InterruptProcessingException":
             raise
-        run.exact(f"error in taylor_patch ({type(error).__name__}: {error})")
+        run.exact(f"error in taylor_patch ({said(error)})")
     return None
 
 

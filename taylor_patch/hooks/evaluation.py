@@ -9,7 +9,8 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from taylor_patch.engine import NOT_FINITE, engine
+from taylor_patch.engine import engine
+from taylor_patch.errors import said
 from taylor_patch.hooks.cold import ColdPatch
 from taylor_patch.run import Evaluation, SamplingRun, current_run, describe, evaluation, with_exact
 from taylor_patch.telemetry import StepRecord, read
@@ -30,7 +31,7 @@ def uninstall() -> None:
 
 
 def apply_model(wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """`wrapped`(x, t, ...) as one evaluation of the run in progress; once more, exactly, where a backend's values were not finite."""
+    """`wrapped`(x, t, ...) as one evaluation of the run in progress; once more, exactly, where a check of a backend failed."""
     run = current_run()
     if run is None:
         return wrapped(*args, **kwargs)
@@ -39,7 +40,7 @@ def apply_model(wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...
     if not bad:
         return out
     # The picture must not suffer: the same evaluation once more, from the same inputs, exact.
-    reason = f"{', '.join(bad)}: {NOT_FINITE}"
+    reason = "; ".join(bad)
     log.warning("taylor_patch: %s; this step is computed again by exact attention, which takes its place for such calls in this run.", reason)
     again = _describe(run, instance, args, kwargs)
     again.exact = reason
@@ -47,27 +48,30 @@ def apply_model(wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...
 
 
 def _evaluate(current: Evaluation, wrapped: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[str]]:
-    """(the model's result, names of the backends whose values were not finite; they are not asked again for such calls)."""
+    """(the model's result, what is wrong with it: "backend: problem"; such backends are not asked again for such calls)."""
     run, started = current.run, time.monotonic()
     calls, fallbacks = run.calls.copy(), run.fallbacks.copy()
     with evaluation(current):
         out = wrapped(*args, **kwargs)
     try:
-        found = read(current.answers)  # the one read from the device, which has to finish the evaluation for it
-        run.broken.update(found.not_finite)
-        run.sampled = run.sampled or bool(found.blocks)
-        if found.too_far and not run.too_far:
-            (name, _, block), error = next(iter(found.too_far.items()))
-            log.warning("taylor_patch: %s: error %.3g in block %s and %d more is above quality_limit times the error asked for; such blocks "
-                        "are exact from here on in this run.", name, error, block, len(found.too_far) - 1)
-        run.too_far.update(found.too_far)
+        found = read(current.answers, current.checks)  # the one read from the device, which has to finish the evaluation for it
+    except Exception as error:
+        log.warning("taylor_patch: the step's figures cannot be read (%s)", said(error))
+        return out, []
+    run.broken.update((check.backend, check.signature) for check in found.failed)
+    run.sampled = run.sampled or bool(found.blocks)
+    if found.too_far and not run.too_far:
+        (name, _, block), worst = next(iter(found.too_far.items()))
+        log.warning("taylor_patch: %s: error %.3g in block %s and %d more is above quality_limit times the error asked for; such blocks "
+                    "are exact from here on in this run.", name, worst, block, len(found.too_far) - 1)
+    run.too_far.update(found.too_far)
+    try:
         calls, fallbacks = run.calls - calls, run.fallbacks - fallbacks
         engine().record(run, StepRecord(current.family, current.step, current.sigma, time.monotonic() - started,
                                         with_exact(calls, fallbacks), dict(fallbacks), current.max_head_dim, found.blocks))
-    except Exception as error:
-        log.warning("taylor_patch: the step's record failed (%s: %s)", type(error).__name__, error)
-        return out, []
-    return out, sorted({name for name, _ in found.not_finite})
+    except Exception as failure:
+        log.warning("taylor_patch: the step's record failed (%s)", said(failure))
+    return out, sorted({f"{check.backend}: {check.problem}" for check in found.failed})
 
 
 def _describe(run: SamplingRun, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Evaluation:
