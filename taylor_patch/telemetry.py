@@ -138,6 +138,8 @@ class StepRecord:
     fallbacks: Mapping[str, int]
     max_head_dim: int
     blocks: tuple[BlockRecord, ...]
+    repeated: bool = False
+    """The result was not used: the step was computed again."""
 
     @property
     def milliseconds(self) -> dict[str, float]:
@@ -187,8 +189,11 @@ def read(answers: Iterable[Answer], checks: Iterable[Check] = ()) -> Reading:
 
 
 def compared(records: Iterable[StepRecord]) -> tuple[float, float] | None:
-    """(milliseconds of our backends, of exact attention for the same calls) over the calls for which the latter is known, or None."""
-    pairs = [(block.milliseconds, block.exact_milliseconds) for record in records for block in record.blocks
+    """(milliseconds of our backends, of exact attention for the same calls) over the calls for which the latter is known, or None.
+
+    Exact attention would not have had to repeat a step.
+    """
+    pairs = [(block.milliseconds, 0.0 if record.repeated else block.exact_milliseconds) for record in records for block in record.blocks
              if block.exact_milliseconds is not None]
     return (sum(ours for ours, _ in pairs), sum(exact for _, exact in pairs)) if pairs else None
 
@@ -202,8 +207,8 @@ def saved_text(saved_seconds: float | None, speed_up: float | None) -> str:
 
 
 def quality_text(records: Iterable[StepRecord]) -> str:
-    """"error 0.021 (largest 0.034, 12 calls sampled)" of quality_raw, or an empty string where nothing was sampled."""
-    values = [value for record in records for value in record.values("quality_raw")]
+    """"error 0.021 (largest 0.034, 12 calls sampled)" of quality_raw in results that were used, or an empty string without any."""
+    values = [value for record in records if not record.repeated for value in record.values("quality_raw")]
     return f"error {sum(values) / len(values):.3g} (largest {max(values):.3g}, {len(values)} calls sampled)" if values else ""
 
 

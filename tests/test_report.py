@@ -128,3 +128,12 @@ def test_compare_refuses(tmp_path):
     (tmp_path / "t.txt").write_text("no picture")
     assert "only pictures of one size" in invoke("compare", a, b, status=1)
     assert "not a picture" in invoke("compare", a, tmp_path / "t.txt", status=1)
+
+
+def test_a_step_that_was_computed_again_is_marked(comfy, configure, tmp_path):
+    configure(SPARSE.replace("quality_limit = 0", f'quality = 0.01\nquality_limit = 2.0\nlog_file = "{tmp_path}/log.jsonl"'))
+    run(comfy)
+    (found,) = runs.load(tmp_path / "log.jsonl")
+    assert [step["repeated"] for step in found.steps] == [True, False, False, False]
+    text = page.render([found], "log")
+    assert "* not used: the step was computed again" in text and 'text-anchor="middle">0*</text>' in text

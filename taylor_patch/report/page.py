@@ -40,7 +40,7 @@ def render(runs: list[Run], source: str) -> str:
 
 
 def _run(run: Run) -> str:
-    steps = [step["step"] if step["step"] is not None else "?" for step in run.steps]
+    steps = [("?" if step["step"] is None else str(step["step"])) + ("*" if step.get("repeated") else "") for step in run.steps]
     seconds = run.summary.get("seconds")
     head = (f"<h2>{escape(run.model)}, {len(run.steps)} model evaluations"
             + (f" in {seconds:.1f} s" if seconds is not None else ", in progress") + "</h2>")
@@ -48,6 +48,8 @@ def _run(run: Run) -> str:
     outcome = run.summary.get("outcome", "")
     saved = saved_text(run.summary.get("saved_seconds"), run.summary.get("speed_up"))
     parts = [head, f"<p>{escape(', '.join(filter(None, (saved, quality, '' if outcome == 'finished' else outcome))))}</p>"]
+    if any(step.get("repeated") for step in run.steps):
+        parts.append("<p>* not used: the step was computed again, with exact attention for what was too far off</p>")
     if run.blocks:
         parts += ["<h3>Error of sampled calls</h3><p>relative L2 against exact attention</p>", _errors(run, steps),
                   "<h3>Backend of each block</h3>", _backends(run, steps), "<h3>Time in backends</h3>", _times(run, steps)]
