@@ -79,6 +79,11 @@ def test_axes_end_at_short_numbers(value, top):
     assert charts.nice(value) == pytest.approx(top)
 
 
+@pytest.mark.parametrize(("value", "text"), [(0, "0"), (0.025, "0.025"), (750, "750"), (15000, "15,000"), (-2000, "-2,000")])
+def test_numbers_of_axes_have_no_exponent(value, text):
+    assert charts.number(value) == text
+
+
 def test_png(log, tmp_path):
     invoke("report", log, "--png", tmp_path / "r.png")
     assert len(Image.open(tmp_path / "r.png").convert("RGB").getcolors(1 << 24)) > 50

@@ -76,8 +76,8 @@ def test_the_inputs_of_the_timed_call_are_those_of_the_model(comfy, configure):
     wishes = {"skip_reshape": True, "skip_output_reshape": True, "scale": 0.5, "low_precision_attention": True}
     comfy.sample(lambda o: attention(q, k, v, HEADS, transformer_options=o, **wishes))
     ((args, kwargs),) = seen
-    assert all(a is b for a, b in zip(args, (q, k, v, HEADS, None, None, True, True), strict=True))
-    assert kwargs.pop("transformer_options")["sigmas"] is not None and kwargs == {"scale": 0.5, "low_precision_attention": True}
+    assert all(a is b for a, b in zip(args, (q, k, v, HEADS), strict=True))
+    assert kwargs.pop("transformer_options")["sigmas"] is not None and kwargs == {**wishes, "mask": None, "attn_precision": None}
 
 
 def test_the_time_is_kept_for_the_next_run(comfy, configure, weights):  # noqa: F811

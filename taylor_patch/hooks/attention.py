@@ -180,9 +180,9 @@ def _handle(current: Engine, run: SamplingRun, evaluation: Evaluation | None, ke
             run.known_exact[key] = reason
         run.exact(reason)
         return None
-    exact = functools.partial(original, q, k, v, heads, mask, attn_precision, skip_reshape, skip_output_reshape,
-                              transformer_options=transformer_options, **wishes, **({} if scale is None else {"scale": scale}),
-                              **({"enable_gqa": True} if enable_gqa else {}))
+    exact = functools.partial(original, q, k, v, heads, mask=mask, attn_precision=attn_precision, skip_reshape=skip_reshape,
+                              skip_output_reshape=skip_output_reshape, transformer_options=transformer_options, **wishes,
+                              **({} if scale is None else {"scale": scale}), **({"enable_gqa": True} if enable_gqa else {}))
     out = current.attempt(choice.backend, call, run, evaluation, exact)
     if out is None:
         return None

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 
-LEFT, TOP, WIDTH, BOTTOM = 56, 8, 640, 44
+LEFT, TOP, WIDTH, BOTTOM = 72, 8, 640, 44
 """Margins and width in SVG units; the page scales them."""
 
 SERIES = 6
@@ -55,6 +55,11 @@ def nice(value: float) -> float:
     return next(step * power for step in (1, 2, 4, 8, 10) if step * power >= value * (1 - 1e-9))
 
 
+def number(value: float) -> str:
+    """Four digits, without an exponent where the number is large."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
 def _axis(low: float, high: float, height: float) -> tuple[Callable[[float], float], str]:
     """(value -> y, grid lines with their numbers) for values from low to high."""
     def y(value: float) -> float:
@@ -62,7 +67,7 @@ def _axis(low: float, high: float, height: float) -> tuple[Callable[[float], flo
 
     marks = [low + (high - low) * part / 4 for part in range(5)]
     return y, "".join(f'<line class="grid" x1="{LEFT}" x2="{LEFT + WIDTH}" y1="{y(mark):.1f}" y2="{y(mark):.1f}"/>'
-                      f'<text class="tick" x="{LEFT - 6}" y="{y(mark) + 4:.1f}" text-anchor="end">{mark:.4g}</text>' for mark in marks)
+                      f'<text class="tick" x="{LEFT - 6}" y="{y(mark) + 4:.1f}" text-anchor="end">{number(mark)}</text>' for mark in marks)
 
 
 def bars(columns: Sequence[object], series: Mapping[str, Sequence[float]], marks: Sequence[float | None], x_label: str, y_label: str,

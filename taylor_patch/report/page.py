@@ -11,10 +11,11 @@ from taylor_patch.report.runs import Run
 from taylor_patch.telemetry import saved_text
 
 STYLE = """
-:root { color-scheme: light dark; --paper: #fcfcfb; --ink: #1c1c1a; --soft: #6b6a65; --line: #dddcd6; --empty: #e9e8e3;
+:root { color-scheme: light dark; --paper: #fcfcfb; --ink: #1c1c1a; --soft: #6b6a65; --line: #dddcd6; --empty: #f0efeb; --unknown: #c4c3bb;
   --heat: 205 80%;
   --series-0: #3272b8; --series-1: #c2642c; --series-2: #3f8f5f; --series-3: #8a5fb0; --series-4: #a8852a; --series-5: #b04a6a; }
-@media (prefers-color-scheme: dark) { :root { --paper: #171716; --ink: #ecebe6; --soft: #a3a29b; --line: #3a3936; --empty: #2a2a28;
+@media (prefers-color-scheme: dark) { :root { --paper: #171716; --ink: #ecebe6; --soft: #a3a29b; --line: #3a3936;
+  --empty: #242422; --unknown: #54534e;
   --series-0: #6fa8e6; --series-1: #e2935f; --series-2: #6fbf8d; --series-3: #b596d8; --series-4: #d1b25c; --series-5: #de8aa5; } }
 body { font: 16px/1.5 system-ui, sans-serif; background: var(--paper); color: var(--ink); max-width: 46rem; margin: 0 auto; padding: 1rem; }
 h1 { font-size: 1.5rem; margin: .5rem 0; } h2 { font-size: 1.2rem; margin: 2.2rem 0 .3rem; } h3 { font-size: 1rem; margin: 1.4rem 0 .2rem; }
@@ -85,11 +86,12 @@ def _errors(run: Run, steps: list[Any]) -> str:
         if block is None:
             return None
         error = block["figures"].get("quality_raw")
-        return ("var(--line)", "not sampled") if error is None else (heat(error), f"step {steps[column]}, block {run.blocks[row]}: {error:.3g}")
+        where = f"step {steps[column]}, block {run.blocks[row]}"
+        return ("var(--unknown)", "not sampled") if error is None else (heat(error), f"{where}: {error:.3g}")
 
     bounds = (0.0, *ERROR_STEPS)
     key = "".join(f'<span style="background:{heat(bound + 1e-9)}"></span>over {bound:g}' for bound in bounds)
-    key += ('<span style="background:var(--line)"></span>not sampled<span style="background:var(--empty)"></span>exact')
+    key += ('<span style="background:var(--unknown)"></span>not sampled<span style="background:var(--empty)"></span>exact')
     return charts.grid(steps, run.blocks, fill, "step", "block", "error by step and block") + f'<p class="key">{key}</p>'
 
 
