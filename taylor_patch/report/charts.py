@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 
-LEFT, TOP, WIDTH, BOTTOM = 72, 8, 640, 44
+LEFT, TOP, WIDTH, BOTTOM = 92, 12, 640, 48
 """Margins and width in SVG units; the page scales them."""
 
 SERIES = 6

@@ -22,9 +22,11 @@ h1 { font-size: 1.5rem; margin: .5rem 0; } h2 { font-size: 1.2rem; margin: 2.2re
 p { margin: .3rem 0; color: var(--soft); } svg { width: 100%; height: auto; display: block; }
 .tick, .axis { font-size: 12px; fill: var(--soft); } .grid { stroke: var(--line); }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-size: .92rem; }
-td, th { text-align: left; padding: .25rem .6rem .25rem 0; border-bottom: 1px solid var(--line); overflow-wrap: anywhere; }
-td.n { text-align: right; font-variant-numeric: tabular-nums; }
-.key span { display: inline-block; width: .8rem; height: .8rem; margin: 0 .3rem 0 .8rem; border-radius: 2px; vertical-align: -1px; }
+td, th { text-align: left; padding: .25rem .6rem .25rem 0; border-bottom: 1px solid var(--line); overflow-wrap: break-word; }
+td.n { overflow-wrap: anywhere; text-align: right; font-variant-numeric: tabular-nums; }
+@media (max-width: 34rem) { .tick, .axis { font-size: 19px; } }
+.key b { font-weight: normal; white-space: nowrap; margin-right: .8rem; } .key b.long { white-space: normal; }
+.key span { display: inline-block; width: .8rem; height: .8rem; margin-right: .3rem; border-radius: 2px; vertical-align: -1px; }
 .key span.line { height: 2px; background: var(--ink); vertical-align: 4px; }
 """
 
@@ -90,8 +92,7 @@ def _errors(run: Run, steps: list[Any]) -> str:
         return ("var(--unknown)", "not sampled") if error is None else (heat(error), f"{where}: {error:.3g}")
 
     bounds = (0.0, *ERROR_STEPS)
-    key = "".join(f'<span style="background:{heat(bound + 1e-9)}"></span>over {bound:g}' for bound in bounds)
-    key += ('<span style="background:var(--unknown)"></span>not sampled<span style="background:var(--empty)"></span>exact')
+    key = "".join(_item(heat(bound + 1e-9), f"over {bound:g}") for bound in bounds) + _item("var(--unknown)", "not sampled") + EXACT
     return charts.grid(steps, run.blocks, fill, "step", "block", "error by step and block") + f'<p class="key">{key}</p>'
 
 
@@ -100,7 +101,14 @@ def _names(run: Run) -> list[str]:
 
 
 def _key(names: list[str]) -> str:
-    return "".join(f'<span style="background:var(--series-{n % charts.SERIES})"></span>{escape(name)}' for n, name in enumerate(names))
+    return "".join(_item(f"var(--series-{n % charts.SERIES})", name) for n, name in enumerate(names))
+
+
+def _item(colour: str, text: str) -> str:
+    return f'<b><span style="background:{colour}"></span>{escape(text)}</b> '
+
+
+EXACT = _item("var(--empty)", "exact")
 
 
 def _backends(run: Run, steps: list[Any]) -> str:
@@ -114,14 +122,14 @@ def _backends(run: Run, steps: list[Any]) -> str:
         return colour, f"step {steps[column]}, block {run.blocks[row]}: {block['backend']}"
 
     return (charts.grid(steps, run.blocks, fill, "step", "block", "backend by step and block")
-            + f'<p class="key">{_key(names)}<span style="background:var(--empty)"></span>exact</p>')
+            + f'<p class="key">{_key(names)}{EXACT}</p>')
 
 
 def _times(run: Run, steps: list[Any]) -> str:
     names = _names(run)
     series = {name: [step["milliseconds"].get(name) or 0.0 for step in run.steps] for name in names}
     exact = run.exact_milliseconds()
-    key = _key(names) + ('<span class="line"></span>exact attention for the same calls, estimated' if any(exact) else "")
+    key = _key(names) + ('<b class="long"><span class="line"></span>exact attention for the same calls, estimated</b>' if any(exact) else "")
     return charts.bars(steps, series, exact, "step", "milliseconds", "time in backends by step") + f'<p class="key">{key}</p>'
 
 
