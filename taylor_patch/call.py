@@ -52,7 +52,7 @@ class AttentionCall:
     sigma: float | None = None
     block: int | None = None
     model: str | None = None
-    target_error: float = 0.05
+    target_error: float = 0.03
     fingerprint: str | None = None
     memo: dict[Any, Any] | None = field(default=None, compare=False, repr=False)
 
@@ -121,7 +121,7 @@ def from_comfyui(q: Tensor, k: Tensor, v: Tensor, heads: int, *, mask: Tensor | 
 
 
 def from_heads_first(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, scale: float | None = None,
-                     grid: TokenGrid | None = None, target_error: float = 0.05) -> AttentionCall:
+                     grid: TokenGrid | None = None, target_error: float = 0.03) -> AttentionCall:
     """AttentionCall of q [B, H, N_q, D] and k, v [B, H_kv, N_kv, D]. Raises Unsupported with the reason."""
     if any(x.dim() != 4 for x in (q, k, v)) or k.shape[:3] != v.shape[:3] or k.shape[-1] != q.shape[-1] or k.shape[0] != q.shape[0]:
         raise Unsupported("q, k and v do not fit together")

@@ -26,7 +26,7 @@ else:
     import tomli as tomllib
 
 FILE_NAME = "taylor_patch.toml"
-QUALITIES = {"lossless": 0.02, "balanced": 0.05, "fast": 0.10}
+QUALITIES = {"lossless": 0.02, "balanced": 0.03, "fast": 0.10}
 """Name -> relative L2 error aimed at per attention call."""
 
 # TAYLOR_PATCH_<NAME> variables that are not configuration keys.

@@ -25,7 +25,7 @@ from taylor_patch.errors import ConfigError, said
 from taylor_patch.memory import Workspaces, predict
 from taylor_patch.router import Choice, Router
 from taylor_patch.run import Evaluation, RunSummary, SamplingRun, Totals, counted, family_of, sampling_run
-from taylor_patch.telemetry import Answer, Check, ExactTime, LogFile, StepRecord, Timer, figures_text, step_content
+from taylor_patch.telemetry import Answer, Check, ExactTime, LogFile, Reading, StepRecord, Timer, figures_text, step_content
 
 log = logging.getLogger("taylor_patch")
 
@@ -33,6 +33,8 @@ NOT_FINITE = "returned values that are not finite"
 WROTE_INPUTS = "wrote into q, k or v"
 EXACT_TIME = "exact_time"
 """Kind of what is kept on disk of the times of exact attention."""
+LOOK_AGAIN = 4
+"""Model evaluations after which a backend that was too slow in a block is tried there again: what attention looks like changes with sigma."""
 
 
 class Engine:
@@ -128,6 +130,13 @@ class Engine:
             log.info("taylor_patch: memory: %.0f MiB are kept free for the attention of %s", nbytes / 2**20, family)
         return nbytes
 
+    def judge(self, run: SamplingRun, found: Reading) -> None:
+        """Let the backends say, from what was observed of their calls, where exact attention is the better choice."""
+        for (name, signature, block), observed in found.observed.items():
+            reason = self.router.backends[name].too_slow(observed)
+            if reason is not None:
+                run.too_slow[name, signature, block] = (run.evaluations, reason)
+
     def record(self, run: SamplingRun, step: StepRecord) -> None:
         """Keep, log and write what an evaluation did."""
         run.records.append(step)
@@ -153,6 +162,7 @@ class Engine:
             if self.log_file is not None:
                 summary = {"schedule": run.schedule, "settings": configuration.plain(self.config), **dataclasses.asdict(self.last_run)}
                 self.log_file.write("run", run.name, summary)
+            self.router.run_finished()
             self.registry.notify("taylor_patch_run_finished", summary=self.last_run)
         except Exception as error:
             log.warning("taylor_patch: the run's summary failed (%s: %s)", type(error).__name__, error)
@@ -174,6 +184,10 @@ class Engine:
         if (backend.name, call.signature, call.block) in run.too_far:
             run.exact(f"{backend.name}: error above quality_limit in this block")
             return None
+        slow = run.too_slow.get((backend.name, call.signature, call.block))
+        if slow is not None and run.evaluations - slow[0] < LOOK_AGAIN:
+            run.exact(f"{backend.name}: {slow[1]}")
+            return None
         key = (backend.name, call.signature)
         exact_time = before = None
         if evaluation is not None:
@@ -185,7 +199,7 @@ class Engine:
             timer = Timer(call.q.device)
             out = backend.run(call)
             timer.stop()
-            denominators = backend.denominators()
+            denominators, observed = backend.denominators(), backend.observed(call)
             problem = check_form(out, call)
             if problem is None:
                 finite = torch.isfinite(out.sum(dtype=torch.float32))
@@ -211,7 +225,7 @@ class Engine:
                     evaluation.checks.append(Check(*key, NOT_FINITE, finite))
                 evaluation.answers.append(Answer(backend.name, call.signature, call.block, timer,
                                                  call.target_error * (self.config.settings.quality_limit or math.inf),
-                                                 self._figures(backend, call, out, evaluation), denominators, exact_time))
+                                                 self._figures(backend, call, out, evaluation), denominators, exact_time, observed))
             return out
         run.broken.add(key)
         run.exact(f"{backend.name}: {problem}")

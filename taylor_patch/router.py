@@ -38,6 +38,11 @@ class Backends(Mapping[str, Backend]):
             self._made[name] = self._registry.kind(name)(self._options(name))
         return self._made[name]
 
+    @property
+    def made(self) -> tuple[Backend, ...]:
+        """Those that were asked for."""
+        return tuple(self._made.values())
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._registry.backends)
 
@@ -55,7 +60,7 @@ class Router:
 
     def __init__(self, config: Config, registry: Registry) -> None:
         self.config = config
-        self.backends: Mapping[str, Backend] = Backends(registry, self._options)
+        self.backends = Backends(registry, self._options)
         self._cache: dict[Any, Choice] = {}
         settings = config.settings
         self.has_rules = bool(config.rules)
@@ -95,6 +100,11 @@ class Router:
         if settings.min_tokens == "auto":
             return min(measured), f"fewer tokens than {min(measured)}, the measured crossover"
         return wanted
+
+    def run_finished(self) -> None:
+        """Tell the backends that a sampling run has ended."""
+        for backend in self.backends.made:
+            backend.run_finished()
 
     def _options(self, name: str) -> Any:
         """Options of a backend; a number in [taylor_patch] min_tokens holds for backends that set none of their own."""

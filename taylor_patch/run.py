@@ -140,6 +140,8 @@ class SamplingRun:
     """(backend, signature, block) whose sampled error exceeded the limit."""
     attempted: set[tuple[Any, ...]] = field(default_factory=set)
     """(backend, signature) that a backend has been given; the first time its inputs are compared before and after."""
+    too_slow: dict[tuple[Any, ...], tuple[int, str]] = field(default_factory=dict)
+    """(backend, signature, block) that exact attention serves better -> (evaluation in which that was seen, why)."""
     sampled: bool = False
     """Whether an evaluation of this run has been sampled."""
     known_exact: dict[Any, str] = field(default_factory=dict)

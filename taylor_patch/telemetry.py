@@ -111,6 +111,8 @@ class Answer:
     figures: Tensor | None = None
     denominators: Mapping[str, float] | None = None
     exact: ExactTime | None = None
+    observed: Mapping[str, Tensor] = field(default_factory=dict)
+    """What the backend says of the call (Backend.observed)."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,7 @@ class BlockRecord:
     figures: Mapping[str, float] = field(default_factory=dict)
     denominators: Mapping[str, float] | None = None
     exact_milliseconds: float | None = None
+    observed: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -168,24 +171,30 @@ class Reading:
     blocks: tuple[BlockRecord, ...] = ()
     failed: tuple[Check, ...] = ()
     too_far: Mapping[tuple[str, Any, int | None], float] = field(default_factory=dict)
+    observed: Mapping[tuple[str, Any, int | None], Mapping[str, float]] = field(default_factory=dict)
+    """(backend, signature, block) -> what the backend said of the last such call."""
 
 
 def read(answers: Iterable[Answer], checks: Iterable[Check] = ()) -> Reading:
     """Everything that the answers and checks left on the device, with one read from it."""
     answers, checks = list(answers), list(checks)
     left = [check.holds.reshape(1).float() for check in checks] + [answer.figures for answer in answers if answer.figures is not None]
+    left += [value.reshape(1).float() for answer in answers for value in answer.observed.values()]
     flat = torch.cat(left).tolist() if left else []
     failed = tuple(check for check, holds in zip(checks, flat, strict=False) if not holds)
     rest = iter(flat[len(checks) :])
     bad = {(check.backend, check.signature) for check in failed}
-    blocks, far = [], {}
-    for answer in answers:
-        figures = {} if answer.figures is None else {name: next(rest) for name in FIGURES}
+    all_figures = [{} if answer.figures is None else {name: next(rest) for name in FIGURES} for answer in answers]
+    all_observed = [{name: next(rest) for name in answer.observed} for answer in answers]
+    blocks, far, said = [], {}, {}
+    for answer, figures, observed in zip(answers, all_figures, all_observed, strict=True):
         blocks.append(BlockRecord(answer.backend, answer.block, answer.timer.milliseconds(), figures, answer.denominators,
-                                  None if answer.exact is None else answer.exact.milliseconds()))
+                                  None if answer.exact is None else answer.exact.milliseconds(), observed))
+        if observed:
+            said[answer.backend, answer.signature, answer.block] = observed
         if (answer.backend, answer.signature) not in bad and figures.get("quality_raw", 0.0) > answer.limit:
             far[answer.backend, answer.signature, answer.block] = figures["quality_raw"]
-    return Reading(tuple(blocks), failed, far)
+    return Reading(tuple(blocks), failed, far, said)
 
 
 def compared(records: Iterable[StepRecord]) -> tuple[float, float] | None:

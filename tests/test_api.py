@@ -43,12 +43,18 @@ def test_near_far_with_text_is_exact_at_density_one(text):
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4)
 
 
-def test_quality_moves_the_error():
-    q, k, v = qkv(1024)
+def test_quality_is_the_error():
+    gen = torch.Generator().manual_seed(0)
+
+    def smooth():
+        field = F.interpolate(torch.randn(2, 64, 4, 4, generator=gen), (32, 32), mode="bilinear").flatten(2).transpose(1, 2)
+        return (1.5 * field + 0.3 * torch.randn(2, 1024, 64, generator=gen))[None]
+
+    q, k, v = smooth(), smooth(), smooth()
     exact = taylor_patch.attention(q, k, v, backend="sdpa")
-    errors = [(taylor_patch.attention(q, k, v, backend="near_far", grid=(1, 32, 32), quality=quality) - exact).norm()
+    errors = [float((taylor_patch.attention(q, k, v, backend="near_far", grid=(1, 32, 32), quality=quality) - exact).norm() / exact.norm())
               for quality in ("fast", "balanced", "lossless", 0.01)]
-    assert errors[0] > errors[1] > errors[2] >= errors[3] > 0
+    assert 0.1 > errors[0] > 0.03 > errors[1] > 0.02 > errors[2] > 0.01 > errors[3]
 
 
 def test_options_replace_those_of_the_configuration(configure):

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import taylor_patch
 from taylor_patch.backends import near_far
 from taylor_patch.backends.base import Fallback
+from taylor_patch.backends.near_far import reference
 from taylor_patch.backends.taylor import TaylorOptions
 from taylor_patch.backends.taylor_torch import TaylorTorch
 from taylor_patch.backends.tiles import tile_index
@@ -32,9 +33,7 @@ def tiles(t, h, w):
 
 def near_of(q, k, v, grid, density, bias):
     """Routing of the package on its own blocks; q times scale, all float64."""
-    index, filled = tile_index(grid)
-    index = index + grid.start
-    return near_far.route(q[index], filled, near_far.gather_blocks(k, v, bias, index, filled), density)
+    return reference.route(reference.Head(q, k, v, grid, bias), density)
 
 
 def near_far_oracle(q, k, v, grid, near, tail, bias):

@@ -24,7 +24,7 @@ def load(environ=None, **kwargs):
 
 def test_defaults():
     found = load()
-    assert found.settings == configuration.Settings() and found.rules == () and found.target_error == 0.05
+    assert found.settings == configuration.Settings() and found.rules == () and found.target_error == 0.03
 
 
 def test_order_of_layers(tmp_path, monkeypatch):

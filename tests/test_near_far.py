@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import taylor_patch
-from taylor_patch.backends import near_far
+from taylor_patch.backends.near_far import reference
 from taylor_patch.backends.tiles import tile_index
 from taylor_patch.call import TokenGrid
 
@@ -48,11 +48,10 @@ def test_equals_the_dense_oracle(grid, head_dim):
     tokens = grid.start + grid.tokens + 4
     q, k, v = (torch.randn(tokens, head_dim, generator=gen, dtype=torch.float64) for _ in range(3))
     q = q / math.sqrt(head_dim)
-    index, filled = tile_index(grid)
-    blocks = near_far.gather_blocks(k, v, torch.zeros(tokens, dtype=torch.float64), index + grid.start, filled)
-    near = near_far.route(q[index + grid.start], filled, blocks, 0.3)
+    head = reference.Head(q, k, v, grid)
+    near = reference.route(head, 0.3)
     assert not near.all()
-    out = near_far.attend_head(q, k, v, grid, 0.3)
+    out = head.attend(near)
     expected = dense(q, k, v, grid, near)
     assert (out - expected).norm() / expected.norm() < 1e-12
 

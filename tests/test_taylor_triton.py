@@ -31,7 +31,14 @@ ALLOWANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3}
 def poisoned(monkeypatch):
     """Memory from torch.empty holds NaN, so that whatever is not written shows."""
     empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: x.fill_(math.nan) if (x := empty(*a, **k)).is_floating_point() else x)
+
+    def poisoned_empty(*shape, **about):
+        x = empty(*shape, **about)
+        if x.is_floating_point():
+            x.detach().fill_(math.nan)  # torch.compile's own passes ask for tensors that require gradients
+        return x
+
+    monkeypatch.setattr(torch, "empty", poisoned_empty)
 
 
 def make(n=37, m=51, d=16, batch=1, heads=2, heads_kv=None, dtype=torch.float32, seed=0, scale=None, shift=0.3, mask=None, **fields):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -88,6 +89,17 @@ class Backend:
     def denominators(self) -> dict[str, float] | None:
         """Statistics of the last call's denominators for the records, where the backend keeps any that cost no wait for the device."""
         return None
+
+    def observed(self, call: AttentionCall) -> Mapping[str, Tensor]:
+        """Name -> scalar on the device that says something of `call`, asked for after run(); read and recorded at the evaluation's end."""
+        return {}
+
+    def too_slow(self, observed: Mapping[str, float]) -> str | None:
+        """Why exact attention is the better choice for such a call in this block, given what was observed of it; None where it is not."""
+        return None
+
+    def run_finished(self) -> None:
+        """Called after each sampling run: forget what holds for one run only."""
 
     def run(self, call: AttentionCall) -> Tensor:
         """Attention of `call` as [B, H, N_q, D] in q's dtype. Raises Fallback instead of returning a bad result."""

@@ -21,8 +21,6 @@ from taylor_patch.features.tiles import BLOCK
 
 log = logging.getLogger("taylor_patch")
 MIB = 1 << 20
-VERIFIED_TERMS = 3
-"""Largest P whose kernels have passed their tests on a GPU as they are now (docs/performance-taylor.md)."""
 _announced: set[tuple[object, ...]] = set()
 
 
@@ -46,8 +44,6 @@ class TritonTaylor(TaylorBackend):
     def reasons_against(self, call: AttentionCall) -> tuple[str, ...]:
         """See Backend.reasons_against."""
         reasons = list(super().reasons_against(call))
-        if call.q.device.type == "cuda" and self.options.P > VERIFIED_TERMS:
-            reasons.append(f"P = {self.options.P}: only P up to {VERIFIED_TERMS} is verified on a GPU; taylor_torch has no such bound")
         block_dim = call.q.shape[-1] // self.options.sub_head_blocks
         if call.q.dtype not in self.dtypes or call.q.shape[-1] % self.options.sub_head_blocks:
             return tuple(reasons)

@@ -77,6 +77,7 @@ def _evaluate(current: Evaluation, wrapped: Callable[..., Any], args: tuple[Any,
                     "computed again, and such blocks are exact from here on in this run.", name, worst, block, len(found.too_far) - 1)
     run.too_far.update(found.too_far)
     try:
+        engine().judge(run, found)
         calls, fallbacks = run.calls - calls, run.fallbacks - fallbacks
         engine().record(run, StepRecord(current.family, current.step, current.sigma, time.monotonic() - started,
                                         with_exact(calls, fallbacks), dict(fallbacks), current.max_head_dim, found.blocks,

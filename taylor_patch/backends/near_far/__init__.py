@@ -1,12 +1,13 @@
 """`near_far`: exact near field, second-order Taylor (cumulant) far field per key block.
 
-reference.py has the formula in plain PyTorch, for any device; on NVIDIA GPUs with Triton the kernels of prepare.py, routing.py
-and kernel.py compute the same.
+blocks.py and reference.py have the formula in plain PyTorch, for any device, and aim.py the probe that finds the density for a wanted
+error; on NVIDIA GPUs with Triton the kernels of prepare.py, routing.py, probing.py and kernel.py compute the same.
 """
 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
@@ -15,11 +16,10 @@ import torch
 from torch import Tensor
 
 from taylor_patch.backends.base import Backend
-from taylor_patch.backends.near_far import plan, reference
-from taylor_patch.backends.near_far.reference import attend_head, gather_blocks, route
+from taylor_patch.backends.near_far import aim, plan, reference
 from taylor_patch.call import AttentionCall
 
-__all__ = ["NearFar", "NearFarOptions", "attend_head", "gather_blocks", "route"]
+__all__ = ["NearFar", "NearFarOptions"]
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,9 @@ class NearFarOptions:
             found["min_tokens"] = f"{self.min_tokens} is below 1"
         if self.density != "auto" and not 0 < self.density <= 1:
             found["density"] = f'{self.density} is not "auto" or above 0 and at most 1'
+        if self.density == "auto" and self.tail != "cumulant":
+            found["tail"] = f'"{self.tail}" needs a density; density = "auto" is made for tail = "cumulant"'
         return found
-
-    def exact_share(self, target_error: float) -> float:
-        """Share of exact blocks for a relative L2 error aimed at; a fixed table where density is "auto"."""
-        if self.density != "auto":
-            return self.density
-        return 0.40 if target_error <= 0.02 else 0.15 if target_error <= 0.05 else 0.06
 
 
 @cache
@@ -65,6 +61,10 @@ class NearFar(Backend):
     options_type = NearFarOptions
     options: NearFarOptions
 
+    def __init__(self, options: NearFarOptions | None = None) -> None:
+        super().__init__(options)
+        self._memory = aim.Memory()
+
     def reasons_against(self, call: AttentionCall) -> tuple[str, ...]:
         """See Backend.reasons_against."""
         reasons = list(super().reasons_against(call))
@@ -83,14 +83,42 @@ class NearFar(Backend):
     def workspace_nbytes(self, call: AttentionCall) -> int:
         """See Backend.workspace_nbytes."""
         if call.q.device.type == "cuda" and has_triton():
-            return plan.of_call(call).workspace_nbytes
-        return reference.workspace_nbytes(call, self.options.exact_share(call.target_error))
+            return plan.of_call(call, self.options.density == "auto").workspace_nbytes
+        return reference.workspace_nbytes(call, 1.0 if self.options.density == "auto" else self.options.density)
 
     def run(self, call: AttentionCall) -> Tensor:
-        """See Backend.run."""
-        density = self.options.exact_share(call.target_error)
-        if call.q.device.type != "cuda" or not has_triton():
-            return reference.attend(call, density, self.options.tail)
-        from taylor_patch.backends.near_far import op
+        """See Backend.run. With density = "auto" a probe settles each block of the model for each sigma bin of a run."""
+        attend, attend_aimed = reference.attend, reference.attend_aimed
+        if call.q.device.type == "cuda" and has_triton():
+            from taylor_patch.backends.near_far import op
 
-        return op.attend(call, density, self.options.tail)
+            attend, attend_aimed = op.attend, op.attend_aimed
+        if self.options.density != "auto":
+            return attend(call, self.options.density, self.options.tail)
+        key = self._key(call)
+        known = None if key is None else self._memory.get(key)
+        out, settled = attend_aimed(call, known)
+        if known is None and key is not None and settled is not None:
+            self._memory.put(key, settled)
+        return out
+
+    @staticmethod
+    def _key(call: AttentionCall) -> Hashable | None:
+        """What a settled density holds for; None where the call's place in a run is not known."""
+        if call.sigma is None or call.block is None:
+            return None
+        return call.signature, call.target_error, call.scale, call.block, aim.sigma_bin(call.sigma)
+
+    def observed(self, call: AttentionCall) -> Mapping[str, Tensor]:
+        """See Backend.observed: the mean density of the heads, where a probe settled it."""
+        settled = None if (key := self._key(call)) is None else self._memory.get(key)
+        return {} if settled is None else {"density": settled.setting[:, 0].mean()}
+
+    def too_slow(self, observed: Mapping[str, float]) -> str | None:
+        """See Backend.too_slow."""
+        density = observed.get("density", 0.0)
+        return f"the error asked for needs {density:.0%} exact blocks, which is no faster" if density > plan.LARGEST_DENSITY else None
+
+    def run_finished(self) -> None:
+        """See Backend.run_finished."""
+        self._memory.clear()

@@ -26,16 +26,17 @@ def _rows(x, base, first, n, DIM: tl.constexpr, ROWS: tl.constexpr, TMA: tl.cons
 @triton.jit(do_not_specialize=SIZES)
 def attend_kernel(q_ptr, stride_qb, stride_qh, stride_qn, stride_qd, out_ptr, stride_ob, stride_oh, stride_on, stride_od,
                   k, v, bias_ptr, mean_k, mean_v, trace_ptr, centre_ptr, covariance, column_scale_ptr, far_ptr, list_ptr, count_ptr,
-                  scale, first_head, n_heads, GROUP, n_blocks, n_image_blocks, far_stride, GRID_T, GRID_H, GRID_W, START, OUTSIDE,
+                  setting_ptr, scale, first_head, n_heads, GROUP, n_blocks, n_image_blocks, far_stride, GRID_T, GRID_H, GRID_W, START, OUTSIDE,
                   TILE_T: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, FAR: tl.constexpr,
-                  BIASED: tl.constexpr, TAIL: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr):
+                  BIASED: tl.constexpr, TAIL: tl.constexpr, AIMED: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr):
     """softmax(scale q k' + bias) v, with the keys of far block b replaced by
 
         weight n_b exp(scale q.k_b + 1/2 t_b scale^2 q' S_w q)  and  value v_b + scale C_w' q.
 
     k, v [lanes * blocks * 64, DIM], mean_k, mean_v [lanes * image blocks, DIM], covariance [lanes * 2 DIM, DIM]: pointers or descriptors.
     far [heads, image blocks, far_stride]: log2 of n_b, or -inf where a block is exact or does not exist; list [heads, blocks, blocks] and
-    count [heads, blocks] say which are exact. Logits are in units of log2; sums are float32. Grid (blocks, query heads of the round);
+    count [heads, blocks] say which are exact. AIMED: setting [heads, 4] holds factors of the second-order term and of the linear one
+    at places 1 and 2 (aim.py). Logits are in units of log2; sums are float32. Grid (blocks, query heads of the round);
     queries outside the image come first, because they take longest.
     """
     query = n_blocks - 1 - tl.program_id(0)
@@ -57,6 +58,8 @@ def attend_kernel(q_ptr, stride_qb, stride_qh, stride_qn, stride_qd, out_ptr, st
             qs = tl.dot(q, _rows(covariance, kv_lane * (2 * DIM), 0, DIM, DIM, DIM, TMA, True), input_precision=PRECISION)
             qs *= tl.load(column_scale_ptr + kv_lane * (2 * DIM) + dim)[None, :]
             spread = tl.sum(qs * q.to(tl.float32), 1) * (0.5 * scale * factor)
+            if AIMED:
+                spread *= tl.load(setting_ptr + lane * 4 + 1)
         far_row = far_ptr + (lane * n_image_blocks + query) * far_stride
         for first in range(0, tl.where(query < n_image_blocks, n_image_blocks, 0), FAR):
             block = first + tl.arange(0, FAR)
@@ -100,6 +103,8 @@ def attend_kernel(q_ptr, stride_qb, stride_qh, stride_qn, stride_qd, out_ptr, st
     if TAIL == CUMULANT:
         # total + share of the tail * C_w' q, in one accumulator: the share is multiplied into q, the columns' scale divided out before.
         share = tail_mass * tl.exp2(tail_top - top) * norm
+        if AIMED:
+            share *= tl.load(setting_ptr + lane * 4 + 2 + late)
         column_scale = tl.load(column_scale_ptr + kv_lane * (2 * DIM) + DIM + late + dim)
         total *= tl.where(column_scale > 0, 1.0 / column_scale, 1.0)[None, :]
         linear = _rows(covariance, kv_lane * (2 * DIM) + DIM + late, 0, DIM, DIM, DIM, TMA, True)

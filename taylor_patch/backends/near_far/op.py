@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import lru_cache
 
 import torch
 import triton
 from torch import Tensor
 
+from taylor_patch.backends.near_far import aim
 from taylor_patch.backends.near_far import plan as plans
+from taylor_patch.backends.near_far.aim import Settled
 from taylor_patch.backends.near_far.kernel import attend_kernel
 from taylor_patch.backends.near_far.prepare import covariance_kernel, gather_kernel, pool_kernel
+from taylor_patch.backends.near_far.probing import choose_kernel, probe_kernel, sink_kernel, tail_kernel
 from taylor_patch.backends.near_far.routing import score_kernel, select_kernel, total_kernel
 from taylor_patch.call import AttentionCall, TokenGrid
 
@@ -18,6 +22,7 @@ try:
     from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:  # before Triton 3.4
     TensorDescriptor = None
+LOG2_E = 1.4426950408889634
 TAILS = {"none": 0, "zeroth": 1, "cumulant": 2}
 
 
@@ -26,23 +31,54 @@ def attend(call: AttentionCall, density: float, tail: str = "cumulant") -> Tenso
 
     torch.compile sees one operator; outside it the kernels are launched directly, which costs the host less.
     """
+    if torch.compiler.is_compiling():
+        return near_far(call.q, call.k, call.v, call.key_mask, _sides(call), call.scale, density, tail, 0.0)
+    return run(plans.of_call(call), call.q, call.k, call.v, call.key_mask, call.scale, density, tail)
+
+
+def attend_aimed(call: AttentionCall, settled: Settled | None) -> tuple[Tensor, Settled | None]:
+    """The same with the density and factors that meet call.target_error; found by a probe where `settled` is None.
+
+    In a graph of torch.compile every call is probed and nothing comes back but the attention.
+    """
+    if torch.compiler.is_compiling():
+        return near_far(call.q, call.k, call.v, call.key_mask, _sides(call), call.scale, 1.0, "cumulant", call.target_error), None
+    plan, goal = plans.of_call(call, aimed=True), None
+    if settled is None:
+        settled, goal = unsettled(plan, call.q.device), aim.MARGIN * call.target_error
+    return run(plan, call.q, call.k, call.v, call.key_mask, call.scale, 1.0, "cumulant", settled, goal), settled
+
+
+def unsettled(plan: plans.Plan, device: torch.device) -> Settled:
+    """Room for what a probe finds."""
+    heads = plan.batch * plan.heads
+    return Settled(torch.empty(heads, 4, dtype=torch.float32, device=device),
+                   torch.empty(heads, plan.image_blocks, dtype=torch.int8, device=device))
+
+
+def _sides(call: AttentionCall) -> list[int]:
     grid = call.grid
     assert grid is not None  # NearFar.reasons_against refuses a call without one
-    if torch.compiler.is_compiling():
-        return near_far(call.q, call.k, call.v, call.key_mask, [grid.t, grid.h, grid.w, grid.start], call.scale, density, tail)
-    return run(plans.of_call(call), call.q, call.k, call.v, call.key_mask, call.scale, density, tail)
+    return [grid.t, grid.h, grid.w, grid.start]
 
 
 @torch.library.custom_op("taylor_patch::near_far", mutates_args=())
 def near_far(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, grid: list[int], scale: float, density: float,
-             tail: str) -> Tensor:
-    """q [B, H, N, D]; k, v [B, H_kv, N, D]; key_mask [B or 1, N] additive float32; grid (t, h, w, start) -> [B, H, N, D]."""
+             tail: str, target: float) -> Tensor:
+    """q [B, H, N, D]; k, v [B, H_kv, N, D]; key_mask [B or 1, N] additive float32; grid (t, h, w, start) -> [B, H, N, D].
+
+    target: relative L2 error to aim at, or 0 for the density given.
+    """
     call = AttentionCall(q, k, v, scale, key_mask, grid=TokenGrid(*grid))
-    return run(plans.of_call(call), q, k, v, key_mask, scale, density, tail)
+    plan = plans.of_call(call, target > 0)
+    if target > 0:
+        return run(plan, q, k, v, key_mask, scale, density, tail, unsettled(plan, q.device), aim.MARGIN * target)
+    return run(plan, q, k, v, key_mask, scale, density, tail)
 
 
 @near_far.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, grid: list[int], scale: float, density: float, tail: str) -> Tensor:
+def _(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, grid: list[int], scale: float, density: float, tail: str,
+      target: float) -> Tensor:
     return empty_output(q)
 
 
@@ -52,8 +88,12 @@ def empty_output(q: Tensor) -> Tensor:
     return torch.empty(batch, tokens, heads, head_dim, dtype=q.dtype, device=q.device).transpose(1, 2)
 
 
-def run(plan: plans.Plan, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float, density: float, tail: str) -> Tensor:
-    """The call in rounds of `plan.round_lanes` key heads that share one workspace."""
+def run(plan: plans.Plan, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float, density: float, tail: str,
+        settled: Settled | None = None, goal: float | None = None) -> Tensor:
+    """The call in rounds of `plan.round_lanes` key heads that share one workspace.
+
+    settled takes the place of `density`; with a goal (relative L2 error) a probe fills it first.
+    """
     out = empty_output(q)
     space = plan.allocate(q.device)
     if key_mask is not None and key_mask.stride(1) != 1:
@@ -62,9 +102,14 @@ def run(plan: plans.Plan, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | No
     with torch.cuda.device(q.device) if q.device.type == "cuda" else nullcontext():
         for first in range(0, plan.lanes, plan.round_lanes):
             lanes = min(plan.round_lanes, plan.lanes - first)
+            heads = slice(first * plan.group, (first + lanes) * plan.group)
+            own = None if settled is None else Settled(settled.setting[heads], settled.always[heads])
             prepare(plan, space, q, k, v, key_mask, first, lanes)
-            select(plan, space, lanes, scale, density)
-            attend_round(plan, space, q, out, first, lanes, scale, tail)
+            score(plan, space, lanes, scale)
+            if own is not None and goal is not None:
+                probe(plan, space, q, first, lanes, scale, goal, own)
+            select(plan, space, lanes, density, own)
+            attend_round(plan, space, q, out, first, lanes, scale, tail, own)
     return out
 
 
@@ -100,12 +145,12 @@ def prepare(plan: plans.Plan, space: dict[str, Tensor], q: Tensor, k: Tensor, v:
                                             plan.splits, plan.dim, 16)
 
 
-def select(plan: plans.Plan, space: dict[str, Tensor], lanes: int, scale: float, density: float) -> None:
-    """Near blocks of every query block of a round, from the samples and block means."""
+def score(plan: plans.Plan, space: dict[str, Tensor], lanes: int, scale: float) -> None:
+    """Predicted masses of all pairs of blocks of a round, from the samples and block means."""
     heads = lanes * plan.group
     # Two stages need more shared memory than GPUs without a tensor memory accelerator have.
     stages = 2 if plan.tiles.tma else 1
-    factor = scale * 1.4426950408889634
+    factor = scale * LOG2_E
     total_kernel[(triton.cdiv(plan.image_blocks, 16), heads)](
         space["sample"], space["sample_share"], space["mean_k"], space["log_mass"], space["log_total"], factor, plan.image_blocks,
         plan.far_stride, plan.group, plan.dim, 16, 64, plans.ROUTING_SAMPLES, "tf32", num_warps=4, num_stages=stages)
@@ -113,13 +158,51 @@ def select(plan: plans.Plan, space: dict[str, Tensor], lanes: int, scale: float,
         space["sample"], space["log_total"], space["mean_k"], space["log_mass"], space["far"], space["histogram"], factor,
         plan.image_blocks, plan.far_stride, plan.group, plan.dim, 64, 64, plan.score_steps, plans.BINS, "tf32", num_warps=4,
         num_stages=stages)
-    select_kernel[(triton.cdiv(plan.blocks, 8), heads)](
-        space["far"], space["histogram"], space["log_mass"], space["list"], space["count"], density,
-        plan.blocks, plan.image_blocks, plan.far_stride, plan.group, 8, 128, plans.BINS)
+
+
+@lru_cache(maxsize=16)
+def _constants(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Densities and factors of the probe on a device."""
+    return torch.tensor(aim.DENSITIES, device=device), torch.tensor(aim.FACTORS, device=device)
+
+
+def probe(plan: plans.Plan, space: dict[str, Tensor], q: Tensor, first: int, lanes: int, scale: float, goal: float, settled: Settled) -> None:
+    """Fill `settled` for the heads of a round, from a workspace with scores. goal: relative L2 error to meet."""
+    heads, splits, (densities, factors) = lanes * plan.group, plan.probe_splits, _constants(q.device)
+    wide = plan.dim * plan.dtype.itemsize > 256
+    stages = 2 if plan.tiles.tma else 1
+    where = (plan.head_dim, plan.dim)
+    places = (aim.PLACE_FIRST, aim.PLACE_STEP)
+    for name, exact in (("exact", True), ("near", False)):
+        probe_kernel[(1 if exact else len(aim.DENSITIES), heads, splits)](
+            q, *q.stride(), space["k"], space["v"], space["bias"], space["far"], space["histogram"], settled.always, densities,
+            space[f"{name}_numerator"], space[f"{name}_top"], space[f"{name}_mass"], space["block_mass"], scale, first * plan.group,
+            plan.heads, plan.group, plan.blocks, plan.image_blocks, plan.far_stride, -(-plan.blocks // splits), *_geometry(plan), *where,
+            *places, plans.BINS, plan.biased, exact, _precision(plan), num_warps=8 if wide else 4, num_stages=1 if wide else stages)
+        if exact:
+            sink_kernel[(triton.cdiv(plan.image_blocks, 64), heads)](
+                space["exact_top"], space["exact_mass"], space["block_mass"], settled.always, aim.sink_share(plan.image_blocks),
+                plan.image_blocks, splits, *_geometry(plan), *places, aim.SINK_ROWS)
+    tail_kernel[(len(aim.FACTORS), len(aim.DENSITIES), heads)](
+        q, *q.stride(), space["mean_k"], space["mean_v"], space["log_mass"], space["trace"], space["centre"], space["covariance"],
+        space["column_scale"], space["far"], space["histogram"], settled.always, densities, factors, space["exact_numerator"],
+        space["exact_top"], space["exact_mass"], space["near_numerator"], space["near_top"], space["near_mass"], space["sums"], scale,
+        first * plan.group, plan.heads, plan.group, plan.image_blocks, plan.far_stride, splits, *_geometry(plan), *where, 32, *places,
+        plans.BINS, _precision(plan), num_warps=8, num_stages=1)
+    choose_kernel[(heads,)](space["sums"], densities, factors, settled.setting, goal, len(aim.DENSITIES), len(aim.FACTORS), *aim.LINEAR,
+                            num_warps=1)
+
+
+def select(plan: plans.Plan, space: dict[str, Tensor], lanes: int, density: float, settled: Settled | None = None) -> None:
+    """Near blocks of every query block of a round, from the scores."""
+    setting, always = (space["histogram"], space["histogram"]) if settled is None else (settled.setting, settled.always)
+    select_kernel[(triton.cdiv(plan.blocks, 8), lanes * plan.group)](
+        space["far"], space["histogram"], space["log_mass"], space["list"], space["count"], density, setting, always,
+        plan.blocks, plan.image_blocks, plan.far_stride, plan.group, 8, 128, plans.BINS, settled is not None)
 
 
 def attend_round(plan: plans.Plan, space: dict[str, Tensor], q: Tensor, out: Tensor, first: int, lanes: int, scale: float,
-                 tail: str) -> None:
+                 tail: str, settled: Settled | None = None) -> None:
     """Attention of the lanes from `first` on, from a filled workspace into `out`."""
     tiles = plan.tiles
     k, v, mean_k, mean_v, covariance = (space[name].view(-1, plan.dim) for name in ("k", "v", "mean_k", "mean_v", "covariance"))
@@ -130,6 +213,7 @@ def attend_round(plan: plans.Plan, space: dict[str, Tensor], q: Tensor, out: Ten
         covariance = TensorDescriptor.from_tensor(covariance, [plan.dim, plan.dim])
     attend_kernel[(plan.blocks, lanes * plan.group)](
         q, *q.stride(), out, *out.stride(), k, v, space["bias"], mean_k, mean_v, space["trace"], space["centre"], covariance,
-        space["column_scale"], space["far"], space["list"], space["count"], scale, first * plan.group, plan.heads, plan.group, plan.blocks,
-        plan.image_blocks, plan.far_stride, *_geometry(plan), plan.head_dim, plan.dim, tiles.far, plan.biased, TAILS[tail], tma,
-        _precision(plan), num_warps=tiles.warps, num_stages=tiles.stages, maxnreg=tiles.registers or None)
+        space["column_scale"], space["far"], space["list"], space["count"],
+        space["column_scale"] if settled is None else settled.setting, scale, first * plan.group, plan.heads, plan.group, plan.blocks,
+        plan.image_blocks, plan.far_stride, *_geometry(plan), plan.head_dim, plan.dim, tiles.far, plan.biased, TAILS[tail],
+        settled is not None, tma, _precision(plan), num_warps=tiles.warps, num_stages=tiles.stages, maxnreg=tiles.registers or None)

@@ -10,6 +10,7 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
+from taylor_patch.backends.near_far import aim
 from taylor_patch.backends.tiles import BLOCK, tile_shape
 from taylor_patch.call import AttentionCall, TokenGrid
 
@@ -23,6 +24,11 @@ ROUTING_SAMPLES = 4
 """Means of a query block's quarters, which vote on its near blocks."""
 BINS = 1024
 """Bins of the histogram of predicted masses."""
+PROBE_PROGRAMS = 528
+"""Programs of the probe that are aimed at."""
+
+LARGEST_DENSITY = 0.55
+"""Mean share of exact blocks from which exact attention is as fast, as measured at 33,280 tokens and more (docs/performance.md)."""
 
 CROSSOVER_TOKENS: dict[tuple[int, int], int] = {(9, 0): 8192}
 """Compute capability -> least tokens at which near_far was measured to be faster than exact attention (docs/performance.md)."""
@@ -67,6 +73,8 @@ class Plan:
     masked: bool
     grid: TokenGrid
     tiles: Tiles
+    aimed: bool = False
+    """Whether the density is found by a probe (aim.py)."""
 
     @cached_property
     def group(self) -> int:
@@ -124,6 +132,12 @@ class Plan:
         return max(1, min(self.image_blocks, COVARIANCE_PROGRAMS // (2 * self.dim // self.column_tile * self.round_lanes)))
 
     @cached_property
+    def probe_splits(self) -> int:
+        """Shares of the key blocks that programs of the probe take."""
+        programs = self.lanes * self.group * len(aim.DENSITIES)
+        return max(1, min(self.blocks // 4, -(-PROBE_PROGRAMS // programs)))
+
+    @cached_property
     def round_lanes(self) -> int:
         """Lanes of one round, so that the workspace stays below its limit."""
         most = max(1, WORKSPACE_LIMIT // self._lane_nbytes)
@@ -163,6 +177,13 @@ class Plan:
         yield "histogram", (self.group, 2 * BINS), torch.int32
         yield "list", (self.group, self.blocks, self.blocks), torch.int16 if self.blocks < 2**15 else torch.int32
         yield "count", (self.group, self.blocks), torch.int32
+        if self.aimed:
+            yield "block_mass", (self.group, aim.ROWS, self.image_blocks), full
+            for name, densities in (("exact", 1), ("near", len(aim.DENSITIES))):
+                yield f"{name}_numerator", (self.group, densities, self.probe_splits, aim.ROWS, dim), full
+                yield f"{name}_top", (self.group, densities, self.probe_splits, aim.ROWS), full
+                yield f"{name}_mass", (self.group, densities, self.probe_splits, aim.ROWS), full
+            yield "sums", (self.group, len(aim.DENSITIES), len(aim.FACTORS), 4), full
 
     @cached_property
     def workspace_nbytes(self) -> int:
@@ -183,9 +204,9 @@ def tiles_for(capability: tuple[int, int], dtype: torch.dtype, head_dim: int) ->
 
 @lru_cache(maxsize=256)
 def make(batch: int, heads: int, heads_kv: int, tokens: int, head_dim: int, dtype: torch.dtype, masked: bool, grid: TokenGrid,
-         capability: tuple[int, int]) -> Plan:
+         capability: tuple[int, int], aimed: bool) -> Plan:
     """The plan of a call of these shapes."""
-    return Plan(batch, heads, heads_kv, tokens, head_dim, dtype, masked, grid, tiles_for(capability, dtype, head_dim))
+    return Plan(batch, heads, heads_kv, tokens, head_dim, dtype, masked, grid, tiles_for(capability, dtype, head_dim), aimed)
 
 
 def capability_of(device: torch.device) -> tuple[int, int]:
@@ -193,9 +214,10 @@ def capability_of(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" and torch.version.hip is None else (0, 0)
 
 
-def of_call(call: AttentionCall) -> Plan:
-    """The plan of a call."""
+def of_call(call: AttentionCall, aimed: bool = False) -> Plan:
+    """The plan of a call. aimed: its density is found by a probe."""
     assert call.grid is not None
     batch, heads, tokens, head_dim = call.q.shape
     capability = capability_of(call.q.device)
-    return make(batch, heads, call.k.shape[1], tokens, head_dim, call.q.dtype, call.key_mask is not None, call.grid, capability)
+    return make(batch, heads, call.k.shape[1], tokens, head_dim, call.q.dtype, call.key_mask is not None, call.grid, capability,
+                aimed)

@@ -9,7 +9,7 @@ from taylor_patch.backends.near_far.layout import SIZES
 
 
 @triton.jit
-def _bin(octaves, BINS: tl.constexpr):
+def bin_of(octaves, BINS: tl.constexpr):
     """Histogram bin of 2^octaves times the mean mass, proportional to x / (1 + |x|).
 
     Steps are fine where heads are flat, and 2 to 4% of the mass where the thresholds of peaked heads lie.
@@ -89,28 +89,37 @@ def score_kernel(sample_ptr, log_total_ptr, mean_k_ptr, log_mass_ptr, far_ptr, h
         tl.store(far_ptr + (lane * n_blocks + query[:, None]) * far_stride + key[None, :], octaves, mask=valid)
         if first == start:
             # What lies outside is counted in bin 0, where nothing depends on it.
-            counts = tl.histogram(tl.reshape(tl.where(valid, _bin(octaves, BINS), 0), (QUERIES * KEYS,)), BINS)
+            counts = tl.histogram(tl.reshape(tl.where(valid, bin_of(octaves, BINS), 0), (QUERIES * KEYS,)), BINS)
             tl.atomic_add(histogram_ptr + lane * (2 * BINS) + tl.arange(0, BINS), counts)
             tl.atomic_add(histogram_ptr + lane * (2 * BINS) + BINS, tl.sum(tl.sum(valid.to(tl.int32), 1), 0))
 
 
+@triton.jit
+def threshold_bin(histogram, density, BINS: tl.constexpr):
+    """Least bin of the most massive ones that hold at most the share `density` of the scores counted; 0 for a density of 1."""
+    counts = tl.load(histogram + tl.arange(0, BINS))
+    wanted = density * tl.load(histogram + BINS).to(tl.float32)
+    from_here_up = tl.sum(counts, 0) - tl.cumsum(counts, 0) + counts
+    return tl.where(density < 1.0, tl.sum((from_here_up.to(tl.float32) > wanted).to(tl.int32), 0), 0)
+
+
 @triton.jit(do_not_specialize=SIZES)
-def select_kernel(far_ptr, histogram_ptr, log_mass_ptr, list_ptr, count_ptr, density, n_blocks, n_image_blocks, far_stride, GROUP,
-                  QUERIES: tl.constexpr, KEYS: tl.constexpr, BINS: tl.constexpr):
+def select_kernel(far_ptr, histogram_ptr, log_mass_ptr, list_ptr, count_ptr, density, setting_ptr, always_ptr, n_blocks,
+                  n_image_blocks, far_stride, GROUP, QUERIES: tl.constexpr, KEYS: tl.constexpr, BINS: tl.constexpr, AIMED: tl.constexpr):
     """Scores -> log2 masses of the far blocks of each query block, in place, -inf where a block is near or does not exist; and the near
     blocks of each query block as a list.
 
     Near are the most massive bins of the head that hold at most the share `density` of the pairs that were counted, the query block itself
-    and its best block. Queries outside the image see every block. Grid (blocks / QUERIES, heads).
+    and its best block. AIMED: the density is that of the head's setting, and key blocks with `always` are near for every query (aim.py).
+    Queries outside the image see every block. Grid (blocks / QUERIES, heads).
     """
     lane = tl.program_id(1).to(tl.int64)
     kv_lane = lane // GROUP
     query = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
     in_image = query < n_image_blocks
-    counts = tl.load(histogram_ptr + lane * (2 * BINS) + tl.arange(0, BINS))
-    wanted = density * tl.load(histogram_ptr + lane * (2 * BINS) + BINS).to(tl.float32)
-    from_here_up = tl.sum(counts, 0) - tl.cumsum(counts, 0) + counts
-    threshold = tl.where(density < 1.0, tl.sum((from_here_up.to(tl.float32) > wanted).to(tl.int32), 0), 0)
+    if AIMED:
+        density = tl.load(setting_ptr + lane * 4)
+    threshold = threshold_bin(histogram_ptr + lane * (2 * BINS), density, BINS)
     best_score = tl.full((QUERIES,), -1.0e4, tl.float32)
     best = tl.zeros((QUERIES,), tl.int32)
     out = list_ptr + (lane * n_blocks + query[:, None]) * n_blocks
@@ -123,7 +132,9 @@ def select_kernel(far_ptr, histogram_ptr, log_mass_ptr, list_ptr, count_ptr, den
         tile_best, tile_at = tl.max(octaves, 1, return_indices=True)
         best = tl.where(tile_best > best_score, first + tile_at, best)
         best_score = tl.maximum(best_score, tile_best)
-        near = (_bin(octaves, BINS) >= threshold) | (key == query[:, None])
+        near = (bin_of(octaves, BINS) >= threshold) | (key == query[:, None])
+        if AIMED:
+            near |= tl.load(always_ptr + lane * n_image_blocks + key, mask=key < n_image_blocks, other=0) != 0
         near = (near & (log_mass > float("-inf"))) | (key >= n_image_blocks) | ~in_image[:, None]
         tl.store(far_at, tl.where(near, float("-inf"), log_mass), mask=in_image[:, None] & (key < far_stride))
         near = (near & (key < n_blocks)).to(tl.int32)
@@ -131,7 +142,9 @@ def select_kernel(far_ptr, histogram_ptr, log_mass_ptr, list_ptr, count_ptr, den
         entry = tl.broadcast_to(key, (QUERIES, KEYS)).to(list_ptr.dtype.element_ty)
         tl.store(out + place, entry, mask=(near > 0) & (query < n_blocks)[:, None])
         length += tl.sum(near, 1)
-    missed = in_image & (best != query) & (_bin(best_score, BINS) < threshold)
+    missed = in_image & (best != query) & (bin_of(best_score, BINS) < threshold)
+    if AIMED:
+        missed = missed & (tl.load(always_ptr + lane * n_image_blocks + best, mask=in_image, other=0) == 0)
     tl.store(far_ptr + (lane * n_image_blocks + query) * far_stride + best, tl.full((QUERIES,), float("-inf"), tl.float32), mask=missed)
     tl.store(list_ptr + (lane * n_blocks + query) * n_blocks + length, best.to(list_ptr.dtype.element_ty), mask=missed)
     length += missed.to(tl.int32)

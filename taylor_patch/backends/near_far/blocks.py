@@ -1,0 +1,72 @@
+"""Key blocks of one head in plain PyTorch: what the far field needs of them, their predicted masses, and which of them are near."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+ROUTING_SAMPLES = 4
+"""Sub-means of a query block that vote on its near blocks."""
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Key blocks of one head: members and what the far field needs of them."""
+
+    k: Tensor  # [n_blocks, 64, D]
+    v: Tensor  # [n_blocks, 64, D]
+    log_weight: Tensor  # [n_blocks, 64]: log weight of each key, -inf where there is none
+    mean_k: Tensor  # [n_blocks, D]
+    mean_v: Tensor  # [n_blocks, D]
+    log_mass: Tensor  # [n_blocks]: log of the summed weights, -inf for an empty block
+    spread: Tensor  # [n_blocks]: t_b
+    cov_kk: Tensor  # [D, D]: S_w
+    cov_kv: Tensor  # [D, D]: C_w
+
+
+def gather_blocks(k: Tensor, v: Tensor, bias: Tensor, index: Tensor, filled: Tensor) -> Blocks:
+    """Key blocks of one head and their statistics. k, v [N, D], bias [N], index and filled [n_blocks, 64]."""
+    log_weight = bias[index].masked_fill(~filled, -torch.inf)
+    weight = log_weight.exp()
+    mass = weight.sum(1)
+    share = weight / mass.clamp_min(torch.finfo(k.dtype).tiny)[:, None]
+    kb, vb = k[index], v[index]
+    mean_k, mean_v = ((share[..., None] * x).sum(1) for x in (kb, vb))
+    total = mass.sum().clamp_min(torch.finfo(k.dtype).tiny)
+    dk, dv = kb - mean_k[:, None], vb - mean_v[:, None]
+    weighted = (dk * (weight / total)[..., None]).flatten(0, 1)
+    trace = (share * dk.square().sum(-1)).sum(1)
+    mean_trace = (trace * mass).sum() / total
+    return Blocks(kb, vb, log_weight, mean_k, mean_v, mass.log(), trace / mean_trace.clamp_min(torch.finfo(k.dtype).tiny),
+                  weighted.T @ dk.flatten(0, 1), weighted.T @ dv.flatten(0, 1))
+
+
+def masses(q_blocks: Tensor, filled: Tensor, blocks: Blocks) -> Tensor:
+    """Predicted softmax mass [query blocks, key blocks], the mean over the quarters of a query block.
+
+    q_blocks: [n_blocks, 64, D] times scale; filled: [n_blocks, 64].
+    """
+    n_blocks, _, dim = q_blocks.shape
+    member = filled.view(n_blocks, ROUTING_SAMPLES, -1, 1).to(q_blocks.dtype)
+    count = member.sum(2)
+    sample = (q_blocks.view(n_blocks, ROUTING_SAMPLES, -1, dim) * member).sum(2) / count.clamp_min(1)
+    score = torch.softmax(sample @ blocks.mean_k.T + blocks.log_mass, -1).nan_to_num(0.0)
+    return (score * (count / count.sum(1, keepdim=True).clamp_min(1))).sum(1)
+
+
+def near_blocks(mass: Tensor, density: float, blocks: Blocks) -> Tensor:
+    """Near blocks [n_blocks, n_blocks] bool of every query block: the share `density` with most mass in the head, its own block and its
+    best block."""
+    wanted = max(1, min(mass.numel(), round(density * mass.numel())))
+    threshold = mass.flatten().kthvalue(mass.numel() - wanted + 1).values
+    near = mass >= threshold if density >= 1 else (mass > threshold)
+    near.scatter_(1, mass.argmax(1, keepdim=True), True)
+    near.fill_diagonal_(True)
+    return near & blocks.log_mass.isfinite()
+
+
+def tail_logits(q: Tensor, blocks: Blocks, factor: float = 1.0) -> Tensor:
+    """Logits [..., n_blocks] of block means with the second-order term times `factor`; q [..., D] times scale."""
+    return q @ blocks.mean_k.T + blocks.log_mass + (0.5 * factor) * ((q @ blocks.cov_kk) * q).sum(-1, keepdim=True) * blocks.spread
