@@ -16,6 +16,7 @@ from taylor_patch.backends.base import Backend
 from taylor_patch.call import AttentionCall, TokenGrid, Unsupported, from_heads_first
 from taylor_patch.errors import BackendRefused, TaylorPatchError, nearest
 from taylor_patch.router import Choice
+from taylor_patch.run import current_run
 
 
 def install() -> None:
@@ -37,9 +38,12 @@ def uninstall() -> None:
 
 
 def status() -> dict[str, Any]:
-    """What is in place: {"registered", "hooks", "patched", "settings", "problem", "plugins", "last_run"}."""
+    """What is in place, and what was done: {"registered", "hooks", "patched", "settings", "problem", "plugins", "current_run",
+    "last_run", "totals"}; the last three as RunSummary, RunSummary and Totals of all runs, the one in progress included; None where
+    there is no such run. May be called from any thread."""
     attention_hook = sys.modules.get("taylor_patch.hooks.attention")
-    current = engines.engine()
+    current, run = engines.engine(), current_run()
+    running = None if run is None else run.summary("in progress")
     return {
         "registered": startup.registered,
         "hooks": dict(startup.fired),
@@ -47,7 +51,9 @@ def status() -> dict[str, Any]:
         "settings": current.describe(),
         "problem": current.problem,
         "plugins": current.registry.plugins,
+        "current_run": running,
         "last_run": current.last_run,
+        "totals": current.totals.including(running),
     }
 
 

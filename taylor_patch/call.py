@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -35,6 +35,8 @@ class AttentionCall:
     grid: where the image tokens are, or None where that is not known; grid_reason then says why.
     step, sigma, block: position in the sampling run, None outside one.
     target_error: relative L2 error that the user's `quality` allows.
+    fingerprint: what tells models of one kind from others (run.fingerprint_of), None outside a model evaluation.
+    memo: where a backend may keep what it has settled until the run ends (every backend under a name of its own), None outside a run.
     A backend returns [B, H, N_q, D] in q's dtype and leaves q, k, v as they are.
     """
 
@@ -51,6 +53,8 @@ class AttentionCall:
     block: int | None = None
     model: str | None = None
     target_error: float = 0.03
+    fingerprint: str | None = None
+    memo: dict[Any, Any] | None = field(default=None, compare=False, repr=False)
 
     @property
     def self_attention(self) -> bool:

@@ -51,6 +51,7 @@ class Settings:
     memory_reserve: bool = True
     memory_reserve_factor: float = 1.1
     memory_reserve_log: bool = True
+    cache: bool = True
     log: Literal["off", "run", "step", "call"] = "run"
     log_file: str = ""
     page: bool = True

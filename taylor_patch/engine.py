@@ -10,25 +10,40 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from taylor_patch import cache, guard, plugins
 from taylor_patch import config as configuration
-from taylor_patch import guard, plugins
 from taylor_patch.backends.base import Backend, Fallback
 from taylor_patch.call import AttentionCall
-from taylor_patch.errors import ConfigError
+from taylor_patch.errors import ConfigError, said
 from taylor_patch.memory import Workspaces, predict
 from taylor_patch.router import Choice, Router
-from taylor_patch.run import Evaluation, RunSummary, SamplingRun, counted, family_of, sampling_run
-from taylor_patch.telemetry import Answer, Comparison, LogFile, Reading, StepRecord, Timer, figures_text, step_content
+from taylor_patch.run import Evaluation, RunSummary, SamplingRun, Totals, counted, family_of, sampling_run
+from taylor_patch.telemetry import (
+    Answer,
+    Check,
+    Comparison,
+    ExactTime,
+    LogFile,
+    Reading,
+    StepRecord,
+    Timer,
+    figures_text,
+    step_content,
+)
 
 log = logging.getLogger("taylor_patch")
 
 NOT_FINITE = "returned values that are not finite"
+WROTE_INPUTS = "wrote into q, k or v"
+EXACT_TIME = "exact_time"
+"""Kind of what is kept on disk of the times of exact attention."""
 LOOK_AGAIN = 4
 """Model evaluations after which a backend that was too slow in a block is tried there again: what attention looks like changes with sigma."""
 
@@ -44,6 +59,7 @@ class Engine:
         """The steps of last_run."""
         self.compare_next = False
         """Whether the next sampling run also computes exactly, all rows, what a backend answers, and says how far apart the two are."""
+        self.totals = Totals()
         self.problem: str | None = None
         self._guard_failed = False
         self.workspaces = Workspaces()
@@ -74,6 +90,7 @@ class Engine:
 
     def _put_in_force(self, loaded: configuration.Config) -> None:
         self.config = loaded
+        cache.switch(loaded.settings.cache)
         self.log_file = LogFile(Path(loaded.settings.log_file).expanduser()) if loaded.settings.log_file else None
         self.router = Router(loaded, self.registry)
         self.registry.notify("taylor_patch_configure", config=loaded)
@@ -148,7 +165,8 @@ class Engine:
             spent = ", ".join(f"{name} {milliseconds:.1f} ms" for name, milliseconds in sorted(step.milliseconds.items()))
             log.info("taylor_patch: %s", ", ".join(filter(None, (
                 f"{step.model}: step {step.step}, sigma {'?' if step.sigma is None else format(step.sigma, '.4g')}: "
-                f"{counted(step.calls, step.fallbacks)}", spent, figures_text(step)))))
+                f"{counted(step.calls, step.fallbacks)}", spent,
+                "" if step.saved_milliseconds is None else f"estimated {step.saved_milliseconds:.1f} ms saved", figures_text(step)))))
         if self.log_file is not None:
             self.log_file.write("step", run.name, step_content(step))
 
@@ -157,6 +175,10 @@ class Engine:
             self.last_run, self.last_steps = run.summary(outcome), tuple(run.records)
             if self.config.settings.log != "off":
                 log.info("taylor_patch: %s", self.last_run.line())
+            self.totals.add(self.last_run)
+            for found in run.exact_times.values():
+                if found.measured and found.key is not None and (milliseconds := found.milliseconds()) is not None:
+                    cache.store(EXACT_TIME, found.key, {"milliseconds": milliseconds})
             self.workspaces.record(run.model, run.latent_shape, max(run.workspaces.values(), default=0))
             if self.log_file is not None:
                 summary = {"schedule": run.schedule, "settings": configuration.plain(self.config), **dataclasses.asdict(self.last_run)}
@@ -173,9 +195,11 @@ class Engine:
             return Choice(None, (f"{choice.backend.name}: failed earlier in this run",))
         return choice
 
-    def attempt(self, backend: Backend, call: AttentionCall, run: SamplingRun, evaluation: Evaluation | None = None) -> Tensor | None:
+    def attempt(self, backend: Backend, call: AttentionCall, run: SamplingRun, evaluation: Evaluation | None = None,
+                exact: partial[Any] | None = None) -> Tensor | None:
         """[B, H, N_q, D] from `backend`, or None where exact attention has to answer; counted either way.
 
+        exact: ComfyUI's own attention on the same inputs; timed where its time is not known yet.
         On a GPU the check for values that are not finite is left on the device, in evaluation.answers.
         """
         if (backend.name, call.signature, call.block) in run.too_far:
@@ -185,10 +209,18 @@ class Engine:
         if slow is not None and run.evaluations - slow[0] < LOOK_AGAIN:
             run.exact(f"{backend.name}: {slow[1]}")
             return None
+        key = (backend.name, call.signature)
+        exact_time = before = None
+        if evaluation is not None:
+            exact_time = self._exact_time(call, run, exact)
+            before = None if key in run.attempted else checksums(call)
+        run.attempted.add(key)
+        problem = None
         try:
             timer = Timer(call.q.device)
             out = backend.run(call)
             timer.stop()
+            denominators, observed = backend.denominators(), backend.observed(call)
             problem = check_form(out, call)
             if problem is None:
                 finite = torch.isfinite(out.sum(dtype=torch.float32))
@@ -197,26 +229,46 @@ class Engine:
         except Fallback as reason:
             run.exact(f"{backend.name}: {reason}")
             return None
-        except Exception as error:
-            if type(error).__name__ == "InterruptProcessingException":  # ComfyUI's cancel button
+        except (Exception, SystemExit, GeneratorExit) as error:  # of these only ComfyUI's cancel button may end the run
+            if type(error).__name__ == "InterruptProcessingException":
                 raise
-            problem = "out of memory" if is_out_of_memory(error) else f"{type(error).__name__}: {error}"
+            problem = "out of memory" if is_out_of_memory(error) else said(error)
+        finally:
+            if evaluation is not None and before is not None:
+                evaluation.checks.append(Check(*key, WROTE_INPUTS, same(before, checksums(call))))
         if problem is None:
             run.handled(backend.name, call)
-            if (key := (backend.name, call.signature)) not in run.workspaces:
+            if key not in run.workspaces:
                 run.workspaces[key] = stated_workspace(backend, call)
             if evaluation is not None:
                 evaluation.max_head_dim = max(evaluation.max_head_dim, call.q.shape[-1])
-                evaluation.answers.append(Answer(backend.name, call.signature, call.block, finite, timer,
+                if checks_later(out.device):
+                    evaluation.checks.append(Check(*key, NOT_FINITE, finite))
+                evaluation.answers.append(Answer(backend.name, call.signature, call.block, timer,
                                                  call.target_error * (self.config.settings.quality_limit or math.inf),
-                                                 self._figures(backend, call, out, evaluation), backend.denominators(), backend.observed(call),
+                                                 self._figures(backend, call, out, evaluation), denominators, exact_time, observed,
                                                  self._comparison(call, out, run)))
             return out
-        run.broken.add((backend.name, call.signature))
+        run.broken.add(key)
         run.exact(f"{backend.name}: {problem}")
         log.warning('taylor_patch: backend "%s" failed on q %s %s (%s); exact attention takes its place for such calls in this run.',
                     backend.name, list(call.q.shape), str(call.q.dtype).removeprefix("torch."), problem)
         return None
+
+    def _exact_time(self, call: AttentionCall, run: SamplingRun, exact: partial[Any] | None) -> ExactTime | None:
+        """What exact attention takes for such calls. Known from an earlier run, or timed on the first two calls, before the backend's."""
+        found = run.exact_times.get(call.signature)
+        if found is None:
+            if exact is None or not self.config.settings.quality_check:
+                return None
+            place = cache.place(call)
+            key = None if place is None else {**place, "function": getattr(exact.func, "__qualname__", ""), "torch": torch.__version__}
+            kept = None if key is None else (cache.load(EXACT_TIME, key) or {}).get("milliseconds")
+            usable = isinstance(kept, int | float) and math.isfinite(kept) and kept > 0
+            found = run.exact_times[call.signature] = ExactTime(key, float(kept) if usable else None)  # type: ignore[arg-type]
+        if exact is not None and found.wanted:
+            found.measure(exact, call.q.device)
+        return found
 
     def _figures(self, backend: Backend, call: AttentionCall, out: Tensor, evaluation: Evaluation) -> Tensor | None:
         """The guard's figures where this call is sampled. The guard must never cost the picture: what it raises turns it off."""
@@ -255,6 +307,16 @@ def stated_workspace(backend: Backend, call: AttentionCall) -> int:
         return 0
 
 
+def checksums(call: AttentionCall) -> Tensor:
+    """Sums of q, k and v, float32 [3] on the device."""
+    return torch.stack([x.sum(dtype=torch.float32) for x in (call.q, call.k, call.v)])
+
+
+def same(a: Tensor, b: Tensor) -> Tensor:
+    """Whether all values are equal, nan to nan too; a scalar on the device."""
+    return ((a == b) | (a.isnan() & b.isnan())).all()
+
+
 def check_form(out: object, call: AttentionCall) -> str | None:
     """What is wrong with the type, shape, dtype or device of a backend's result, or None."""
     if not isinstance(out, Tensor):
@@ -269,7 +331,7 @@ def checks_later(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
-def is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """True for torch's out-of-memory errors, also where they arrive as AcceleratorError code 2."""
     return isinstance(error, torch.OutOfMemoryError) or (type(error).__name__ == "AcceleratorError" and getattr(error, "error_code", 0) == 2)
 

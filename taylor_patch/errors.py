@@ -22,6 +22,14 @@ class PluginError(TaylorPatchError):
     """A plugin could not be loaded or registered something that is not a backend."""
 
 
+def said(error: BaseException) -> str:
+    """Name and text of an exception, for a line; the name alone where the text cannot be made."""
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:
+        return type(error).__name__
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """"Did you mean ...?" with the closest of `valid`, or an empty string where none is close."""
     match = difflib.get_close_matches(name, list(valid), n=1)

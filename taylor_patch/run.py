@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import threading
 import time
@@ -10,11 +11,11 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from taylor_patch.call import AttentionCall
 from taylor_patch.grid import patch_sizes
-from taylor_patch.telemetry import Answer, StepRecord, comparison_text, quality_text
+from taylor_patch.telemetry import Answer, Check, ExactTime, StepRecord, compared, comparison_text, quality_text, saved_text
 
 log = logging.getLogger("taylor_patch")
 
@@ -37,15 +38,54 @@ class RunSummary:
     """Backend name -> milliseconds in it."""
     quality: str = ""
     """Sampled error against exact attention, as text."""
+    saved_seconds: float | None = None
+    """Estimated time saved against exact attention; None where there is no measurement to go by."""
+    speed_up: float | None = None
+    """Estimated time of exact attention over that of the backends, for the same calls."""
     comparison: str = ""
     """How far the run was from exact attention, as text, where it was compared."""
 
     def line(self) -> str:
         """One line for the log."""
         spent = ", ".join(f"{name} {milliseconds / 1000:.1f} s" for name, milliseconds in sorted(self.milliseconds.items()))
-        parts = (f"attention calls: {counted(self.calls, self.fallbacks)}", spent, self.quality, self.comparison,
+        parts = (f"attention calls: {counted(self.calls, self.fallbacks)}", spent, saved_text(self.saved_seconds, self.speed_up), self.quality,
+                 self.comparison,
                  "" if self.outcome == "finished" else self.outcome)
         return f"{self.model or 'model'}: {self.evaluations} model evaluations in {self.seconds:.1f} s, " + ", ".join(filter(None, parts))
+
+
+@dataclass
+class Totals:
+    """Sums over runs, for status() and whoever watches a process."""
+
+    runs: Counter[str] = field(default_factory=Counter)
+    """Outcome -> runs."""
+    evaluations: int = 0
+    calls: Counter[str] = field(default_factory=Counter)
+    fallbacks: Counter[str] = field(default_factory=Counter)
+    milliseconds: Counter[str] = field(default_factory=Counter)
+    saved_seconds: float = 0.0
+
+    REASONS: ClassVar[int] = 100
+    """Reasons told apart; those beyond count as "other"."""
+
+    def add(self, summary: RunSummary) -> None:
+        """Count a run."""
+        self.runs[summary.outcome] += 1
+        self.evaluations += summary.evaluations
+        self.calls.update(summary.calls)
+        self.milliseconds.update(summary.milliseconds)
+        self.saved_seconds += summary.saved_seconds or 0.0
+        for reason, count in summary.fallbacks.items():
+            self.fallbacks[reason if reason in self.fallbacks or len(self.fallbacks) < self.REASONS else "other"] += count
+
+    def including(self, running: RunSummary | None) -> Totals:
+        """A copy that counts the run in progress too."""
+        made = Totals(Counter(self.runs), self.evaluations, Counter(self.calls), Counter(self.fallbacks), Counter(self.milliseconds),
+                      self.saved_seconds)
+        if running is not None:
+            made.add(running)
+        return made
 
 
 def counted(calls: Mapping[str, int], fallbacks: Mapping[str, int]) -> str:
@@ -67,12 +107,16 @@ class Evaluation:
     patches: tuple[tuple[int, int, int], ...]
     has_reference: bool = False
     double_blocks: int = 0
+    fingerprint: str | None = None
+    """fingerprint_of the model."""
     exact: str | None = None
     """Why all of this evaluation is exact, or None."""
     calls: int = 0
     """Attention calls so far; the hook counts every one, so that the number can stand for the block index."""
     answers: list[Answer] = field(default_factory=list)
     """The calls that backends answered, what was measured of them still on the device."""
+    checks: list[Check] = field(default_factory=list)
+    """What has to hold for the result to count, still on the device."""
     max_head_dim: int = 0
 
     def block_index(self, options: Mapping[str, Any]) -> int:
@@ -97,6 +141,8 @@ class SamplingRun:
     """(backend, signature) pairs that failed in this run."""
     too_far: set[tuple[Any, ...]] = field(default_factory=set)
     """(backend, signature, block) whose sampled error exceeded the limit."""
+    attempted: set[tuple[Any, ...]] = field(default_factory=set)
+    """(backend, signature) that a backend has been given; the first time its inputs are compared before and after."""
     too_slow: dict[tuple[Any, ...], tuple[int, str]] = field(default_factory=dict)
     """(backend, signature, block) that exact attention serves better -> (evaluation in which that was seen, why)."""
     sampled: bool = False
@@ -107,6 +153,12 @@ class SamplingRun:
     """Part of the schedule, 0 to 1 -> sigma there."""
     compare: bool = False
     """Compute exactly, too, what a backend answers."""
+    fingerprints: dict[int, str | None] = field(default_factory=dict)
+    """id of a diffusion model -> fingerprint_of it."""
+    memo: dict[Any, Any] = field(default_factory=dict)
+    """What backends have settled in this run; AttentionCall.memo."""
+    exact_times: dict[Any, ExactTime] = field(default_factory=dict)
+    """Signature of calls that a backend answers -> what exact attention takes for them."""
     log_calls: bool = False
     """Log a line for every attention call."""
     name: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
@@ -142,14 +194,17 @@ class SamplingRun:
         spent: Counter[str] = Counter()
         for record in self.records:
             spent.update(record.milliseconds)
+        times = compared(self.records)
+        saved, speed_up = (None, None) if times is None else ((times[1] - times[0]) / 1000, times[1] / max(times[0], 1e-6))
         return RunSummary(self.model, max(len(self.schedule) - 1, 0), self.evaluations, with_exact(self.calls, self.fallbacks),
                           dict(self.fallbacks), time.monotonic() - self.started, outcome, dict(spent), quality_text(self.records),
+                          saved, speed_up,
                           comparison_text(self.records) or ("compared with exact attention: no call to compare" if self.compare else ""))
 
 
 def with_exact(calls: Mapping[str, int], fallbacks: Mapping[str, int]) -> dict[str, int]:
     """`calls` and, under "exact", the calls that exact attention answered."""
-    return {**({"exact": sum(fallbacks.values())} if fallbacks else {}), **calls}
+    return {**({"exact": sum(list(fallbacks.values()))} if fallbacks else {}), **calls}
 
 
 class _Position(threading.local):
@@ -196,11 +251,26 @@ def family_of(model: Any) -> str:
     return type(model.model_config).__name__ if name == "BaseModel" and hasattr(model, "model_config") else name
 
 
+def fingerprint_of(model: Any) -> str | None:
+    """Family and a hash of the parameters' names and shapes: the same for fine-tunes of a model, and for nothing else. No weight is read.
+
+    None where the model does not show its parameters.
+    """
+    try:
+        shapes = [(name, tuple(parameter.shape)) for name, parameter in model.diffusion_model.named_parameters()]
+    except Exception:
+        return None
+    return f"{family_of(model)}-{hashlib.sha256(repr(shapes).encode()).hexdigest()[:16]}"
+
+
 def describe(run: SamplingRun, model: Any, latent_shape: Sequence[int] | None, sigma: float | None, has_reference: bool = False) -> Evaluation:
     """The Evaluation of one call of the diffusion model. model: ComfyUI's BaseModel or anything with a `diffusion_model`."""
     diffusion_model = getattr(model, "diffusion_model", None)
+    if id(diffusion_model) not in run.fingerprints:
+        run.fingerprints[id(diffusion_model)] = fingerprint_of(model)
     return Evaluation(run, None if latent_shape is None else tuple(latent_shape), sigma, None if sigma is None else run.step_of(sigma),
-                      family_of(model), patch_sizes(diffusion_model), has_reference, len(getattr(diffusion_model, "double_blocks", ())))
+                      family_of(model), patch_sizes(diffusion_model), has_reference, len(getattr(diffusion_model, "double_blocks", ())),
+                      run.fingerprints[id(diffusion_model)])
 
 
 @contextmanager

@@ -37,6 +37,7 @@ def isolated(tmp_path, monkeypatch):
         if name.startswith("TAYLOR_PATCH"):
             monkeypatch.delenv(name)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "xdg"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     engines.reset()

@@ -20,11 +20,6 @@ from tests.test_cli import run
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
 @pytest.mark.parametrize(("name", "size", "frames", "tokens"), [
     ("flux", (1024, 1024), 1, 4096 + 512), ("wan", (1280, 720), 81, 75600), ("wan", (832, 480), 81, 32760),
     ("hunyuan", (1280, 720), 129, 118800 + 256), ("sdxl", (1024, 1024), 1, 4096)])

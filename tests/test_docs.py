@@ -123,6 +123,24 @@ def test_the_api_example_runs():
     assert space["out"].shape == space["q"].shape
 
 
+def learnings():
+    """(learning, tests) of each row of the table."""
+    return [(cells[1].strip(), re.findall(r"`(test_\w+\.py)::(test_\w+)`", cells[3]))
+            for line in text("seed-learnings.md").splitlines() if len(cells := line.split("|")) == 5 and "`" in cells[3]]
+
+
+@pytest.mark.parametrize(("learning", "tests"), learnings(), ids=[learning[:40] for learning, _ in learnings()])
+def test_every_learning_has_its_test(learning, tests):
+    assert learning and tests
+    for file, name in tests:
+        assert re.search(rf"^def {name}\(", (ROOT / "tests" / file).read_text(encoding="utf-8"), re.MULTILINE), f"{file} has no {name}"
+
+
+def test_the_table_has_all_learnings():
+    rows = [line for line in text("seed-learnings.md").splitlines() if line.startswith("| ")]
+    assert len(rows) == 1 + len(learnings()) == 27
+
+
 def test_links_lead_somewhere():
     for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
         for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text(encoding="utf-8")):

@@ -13,7 +13,7 @@ from taylor_patch import engine as engines
 from taylor_patch import guard, telemetry
 from taylor_patch.backends.base import Backend
 from taylor_patch.call import AttentionCall
-from taylor_patch.telemetry import Answer, LogFile, Timer, read
+from taylor_patch.telemetry import Answer, Check, LogFile, Timer, read
 from tests.test_hooks import HEADS, SPARSE, broken_backend, last, qkv
 
 
@@ -71,17 +71,18 @@ def test_every_call_is_sampled_in_some_step():
 
 
 def test_read_pairs_figures_with_their_calls():
-    def answer(name, block, finite, figures=None):
+    def answer(name, block, figures=None):
         timer = Timer(torch.device("cpu"))
         timer.stop()
-        return Answer(name, ("shape", block), block, torch.tensor(finite), timer, 50.0, figures)
+        return Answer(name, ("shape", block), block, timer, 50.0, figures)
 
     values = torch.arange(len(guard.FIGURES)).float()
-    reading = read([answer("a", 0, True), answer("a", 1, False, values), answer("b", 2, True, values + 100)])
+    checks = [Check("a", ("shape", block), "odd", torch.tensor(block != 1)) for block in (0, 1)]
+    reading = read([answer("a", 0), answer("a", 1, values), answer("b", 2, values + 100)], checks)
     records = reading.blocks
     assert [r.figures.get("quality_raw") for r in records] == [None, 0, 100] and records[2].figures["logit_max"] == 107
     assert reading.too_far == {("b", ("shape", 2), 2): 100}
-    assert reading.not_finite == (("a", ("shape", 1)),) and all(0 <= r.milliseconds < 1000 for r in records)
+    assert reading.failed == (checks[1],) and all(0 <= r.milliseconds < 1000 for r in records)
     assert read([]) == telemetry.Reading()
 
 
@@ -107,18 +108,20 @@ def test_the_run_has_the_error_and_the_file_every_step(comfy, configure, tmp_pat
     assert lines[3]["schedule"] == [3, 2, 1, 0] and lines[3]["settings"]["taylor_patch"]["backend"] == "near_far"
 
 
-@pytest.mark.parametrize(("limit", "calls"), [("2.0", {"near_far": 8, "exact": 16}), ("0", {"near_far": 24})], ids=["on", "off"])
-def test_a_block_that_is_too_far_off_is_exact_from_then_on(comfy, configure, caplog, limit, calls):
+@pytest.mark.parametrize(("limit", "calls"), [("2.0", {"near_far": 8, "exact": 24}), ("0", {"near_far": 24})], ids=["on", "off"])
+def test_a_block_that_is_too_far_off_is_exact_in_this_step_and_from_then_on(comfy, configure, caplog, limit, calls):
     """Random q, k, v: no far field stands for them."""
     configure(SPARSE.replace("quality_limit = 0", f"quality = 0.01\nquality_limit = {limit}"))
-    run(comfy)
+    outs = run(comfy)
     assert last().calls == calls
     warnings = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
     if limit == "0":
         assert warnings == []
     else:
-        assert last().fallbacks == {"near_far: error above quality_limit in this block": 16}
+        assert last().fallbacks == {"near_far: error above quality_limit in this block": 24}
         assert len(warnings) == 1 and "in block 0 and 7 more is above quality_limit" in warnings[0]
+        assert all(torch.equal(out, outs[0][0]) for step in outs for out in step), "exact in all steps"
+        assert last().evaluations == 4 and last().quality == "", "what was not used is no error of the picture"
 
 
 def test_quality_check_off(comfy, configure):

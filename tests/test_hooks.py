@@ -223,9 +223,9 @@ def test_container_is_consumed_only_when_handled(comfy, configure, monkeypatch, 
     engines.engine()
     original_attempt = engines.Engine.attempt
 
-    def attempt(self, backend, call, run, evaluation):
+    def attempt(self, backend, call, run, evaluation, exact):
         full_on_entry.append(all(box.value is not None for box in boxes))
-        return original_attempt(self, backend, call, run, evaluation) if accepted else None
+        return original_attempt(self, backend, call, run, evaluation, exact) if accepted else None
 
     monkeypatch.setattr(engines.Engine, "attempt", attempt)
     (out,) = comfy.sample(lambda o: comfy.attention.optimized_attention(*boxes, HEADS, transformer_options=o))

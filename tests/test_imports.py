@@ -90,6 +90,8 @@ FORBIDDEN = [
     ("declaration", ("backends.near_far", "engine", "router", "plugins", "config", "call")),
     ("plugins", ("engine", "router", "hooks", "config", "call")),
     ("call", ("engine", "router", "hooks", "backends", "run", "config")),
+    ("cache", ("engine", "router", "hooks", "backends", "run", "config")),
+    ("telemetry", ("engine", "router", "hooks", "run", "config")),
     ("startup", ("engine", "router", "backends", "config")),
     ("config", ("engine", "router", "hooks", "backends", "plugins")),
 ]

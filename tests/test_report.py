@@ -58,6 +58,7 @@ def test_the_page_is_whole_and_has_every_part(log, tmp_path):
     checker.feed(text)
     assert checker.open == [] and checker.seen.count("svg") == 8 and "script" not in checker.seen
     for part in ("2 sampling runs", "Error of sampled calls", "Backend of each block", "Time in backends", "Logits by block",
+                 "exact attention for the same calls, estimated", "times as fast as exact",
                  "backend = &quot;sdpa&quot;", "backends.near_far.density", "prefers-color-scheme: dark", 'name="viewport"'):
         assert part in text, part
 
@@ -76,6 +77,11 @@ def test_cells_are_what_the_log_says(log):
 @pytest.mark.parametrize(("value", "top"), [(1, 1), (1.1, 2), (37, 40), (99, 100), (1050, 2000), (0.03, 0.04)])
 def test_axes_end_at_short_numbers(value, top):
     assert charts.nice(value) == pytest.approx(top)
+
+
+@pytest.mark.parametrize(("value", "text"), [(0, "0"), (0.025, "0.025"), (750, "750"), (15000, "15,000"), (-2000, "-2,000")])
+def test_numbers_of_axes_have_no_exponent(value, text):
+    assert charts.number(value) == text
 
 
 def test_png(log, tmp_path):
@@ -127,3 +133,12 @@ def test_compare_refuses(tmp_path):
     (tmp_path / "t.txt").write_text("no picture")
     assert "only pictures of one size" in invoke("compare", a, b, status=1)
     assert "not a picture" in invoke("compare", a, tmp_path / "t.txt", status=1)
+
+
+def test_a_step_that_was_computed_again_is_marked(comfy, configure, tmp_path):
+    configure(SPARSE.replace("quality_limit = 0", f'quality = 0.01\nquality_limit = 2.0\nlog_file = "{tmp_path}/log.jsonl"'))
+    run(comfy)
+    (found,) = runs.load(tmp_path / "log.jsonl")
+    assert [step["repeated"] for step in found.steps] == [True, False, False, False]
+    text = page.render([found], "log")
+    assert "* not used: the step was computed again" in text and 'text-anchor="middle">0*</text>' in text

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from taylor_patch.backends import taylor_auto_tune as auto_tune
 from taylor_patch.backends.base import Backend, Fallback
 from taylor_patch.call import AttentionCall
 from taylor_patch.features import coefficients as series
@@ -25,7 +26,8 @@ class TaylorOptions:
 
     Zero switches off qk_norm_clip, qk_norm_power, qk_norm_sigma_max, taylor_sigma_max, and stands for all values in
     fused_value_chunk_size; -1 switches off taylor_layer_start and taylor_layer_end. Norms are those of whole heads, before
-    sub_head_blocks splits them.
+    sub_head_blocks splits them. auto_tune draws auto_tune_candidates settings of qk_norm_power, qk_norm_clip and scale_mul from
+    their ranges; those configured are one candidate more.
     """
 
     P: int = 4
@@ -57,13 +59,26 @@ class TaylorOptions:
     taylor_layer_start: int = -1
     taylor_layer_end: int = -1
     allow_cross_attention: bool = True
+    auto_tune: bool = False
+    auto_tune_steps: int = 1
+    auto_tune_candidates: int = 8
+    auto_tune_quality_samples: int = 4
+    auto_tune_seed: int = 0
+    auto_tune_max_tokens: int = 512
+    auto_tune_qk_norm_power_min: float = 0.2
+    auto_tune_qk_norm_power_max: float = 0.7
+    auto_tune_qk_norm_clip_min: float = 8.0
+    auto_tune_qk_norm_clip_max: float = 20.0
+    auto_tune_scale_mul_min: float = 0.8
+    auto_tune_scale_mul_max: float = 1.0
     log_shapes: bool = True
     log_fallbacks: bool = True
 
     def problems(self) -> dict[str, str]:
         """Option -> what is wrong with its value; empty when all is well."""
         found = {}
-        for name in ("P", "min_tokens", "max_feature_dim_R", "max_head_dim", "sub_head_blocks", "probe_samples", "fused_feature_chunk_size"):
+        for name in ("P", "min_tokens", "max_feature_dim_R", "max_head_dim", "sub_head_blocks", "probe_samples", "fused_feature_chunk_size",
+                     "auto_tune_steps", "auto_tune_candidates", "auto_tune_quality_samples", "auto_tune_max_tokens"):
             if getattr(self, name) < 1:
                 found[name] = f"{getattr(self, name)} is below 1"
         for name in ("qk_norm_clip", "qk_norm_power", "qk_norm_sigma_max", "fused_value_chunk_size", "taylor_sigma_max", "eps"):
@@ -76,8 +91,15 @@ class TaylorOptions:
         for name in ("taylor_layer_start", "taylor_layer_end"):
             if getattr(self, name) < -1:
                 found[name] = f"{getattr(self, name)} is below -1"
-        if self.scale_mul <= 0:
-            found["scale_mul"] = f"{self.scale_mul} is not above 0"
+        for name in auto_tune.TUNED:
+            least, most = f"auto_tune_{name}_min", f"auto_tune_{name}_max"
+            if getattr(self, least) < 0:
+                found[least] = f"{getattr(self, least)} is below 0"
+            elif getattr(self, most) < getattr(self, least):
+                found[most] = f"{getattr(self, most)} is below {least} = {getattr(self, least)}"
+        for name in ("scale_mul", "auto_tune_scale_mul_min"):
+            if getattr(self, name) <= 0:
+                found[name] = f"{getattr(self, name)} is not above 0"
         if not 0 <= self.denom_fallback_frac_limit <= 1:
             found["denom_fallback_frac_limit"] = f"{self.denom_fallback_frac_limit} is outside 0 to 1"
         if self.coefficients == "hermite" and not self.center_keys:
@@ -151,7 +173,14 @@ class TaylorBackend(Backend):
                       list(call.k.shape), call.q.dtype, call.step, call.sigma, call.block)
         try:
             self._check_gates(call)
-            return self.attend(call)
+            if not self.options.auto_tune:
+                return self.attend(call)
+            chosen = auto_tune.settle(self, call)
+            chosen.last_probe = chosen.last_denominators = None
+            try:
+                return chosen.attend(call)
+            finally:
+                self.last_probe, self.last_denominators = chosen.last_probe, chosen.last_denominators
         except Fallback as reason:
             if self.options.log_fallbacks:
                 log.debug("taylor_patch: %s: exact attention instead: %s", self.name, reason)
@@ -159,6 +188,8 @@ class TaylorBackend(Backend):
 
     def effective(self, call: AttentionCall) -> AttentionCall:
         """See Backend.effective: q and k after the normalisation options, the scale with scale_mul."""
+        if self.options.auto_tune and (chosen := auto_tune.settled(self, call)) is not self:
+            return chosen.effective(call)
         factors = self.norm_factor(call.q, call.sigma), self.norm_factor(call.k, call.sigma)
         if factors == (None, None) and self.options.scale_mul == 1:
             return call

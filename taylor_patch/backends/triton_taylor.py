@@ -67,7 +67,7 @@ class TritonTaylor(TaylorBackend):
     def workspace_nbytes(self, call: AttentionCall) -> int:
         """Bytes of temporary memory beside inputs and output, from shapes only."""
         o = self.options
-        return self.plan(call).nbytes(bool(o.qk_normalize or o.qk_norm_clip or o.qk_norm_power), call.key_mask is not None)
+        return self.plan(call).nbytes(bool(o.auto_tune or o.qk_normalize or o.qk_norm_clip or o.qk_norm_power), call.key_mask is not None)
 
     def attend(self, call: AttentionCall) -> Tensor:
         """See TaylorBackend.attend. The device is read once at the end, and once more before the work with early_probe."""

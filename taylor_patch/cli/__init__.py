@@ -186,6 +186,27 @@ def new(name: str, folder: Path | None) -> None:
     click.echo(f"Wrote {made}. Next: cd {made}; python -m pytest; pip install --editable .; taylor-patch backends")
 
 
+@main.command()
+@click.option("--clear", is_flag=True, help="Remove the file.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def cache(clear: bool, as_json: bool) -> None:
+    """Show what earlier runs have settled and kept on disk, or remove it."""
+    from taylor_patch import cache as settled
+
+    file, kinds = settled.path(), settled.kinds()
+    size = file.stat().st_size if file.exists() else 0
+    if clear:
+        try:
+            settled.clear()
+        except OSError as error:
+            raise click.ClickException(f"{file} cannot be removed ({error}).") from error
+    if as_json:
+        click.echo(json.dumps({"path": str(file), "bytes": size, "entries": kinds, "cleared": clear}, indent=2))
+        return
+    shown = ", ".join(f"{kind} {count}" for kind, count in sorted(kinds.items())) or "no entries"
+    click.echo(f"{'Removed ' if clear else ''}{file}: {shown}, {size / 1024:.1f} KiB")
+
+
 @main.group()
 def config() -> None:
     """Make, show, explain and check the configuration."""

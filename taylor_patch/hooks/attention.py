@@ -20,6 +20,7 @@ from torch.compiler import is_compiling
 from taylor_patch import grid
 from taylor_patch.call import AttentionCall, Unsupported, from_comfyui, merge_heads
 from taylor_patch.engine import Engine, engine
+from taylor_patch.errors import said
 from taylor_patch.run import Evaluation, SamplingRun, current_evaluation, current_run
 
 log = logging.getLogger("taylor_patch")
@@ -84,7 +85,7 @@ def replace(original: Callable[..., Any]) -> Callable[..., Any]:
         options = kwargs.get("transformer_options")
         if options is None or "sigmas" not in options:
             return original(*args, **kwargs)
-        out = _answer_outside_graph(args, kwargs) if is_compiling() else answer(args, kwargs)
+        out = _answer_outside_graph(args, kwargs, original) if is_compiling() else answer(args, kwargs, original)
         return original(*args, **kwargs) if out is None else out
 
     functools.update_wrapper(optimized_attention, original, updated=())
@@ -95,12 +96,12 @@ def replace(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @torch.compiler.disable
-def _answer_outside_graph(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+def _answer_outside_graph(args: tuple[Any, ...], kwargs: dict[str, Any], original: Callable[..., Any]) -> Tensor | None:
     """Decisions depend on step and block, so a traced graph must not hold them as constants: one graph break."""
-    return answer(args, kwargs)
+    return answer(args, kwargs, original)
 
 
-def answer(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+def answer(args: tuple[Any, ...], kwargs: dict[str, Any], original: Callable[..., Any]) -> Tensor | None:
     """A backend's result for a sampling call, in the layout that was asked for; None, with the reason counted, where the original
     function has to answer."""
     evaluation = current_evaluation()
@@ -135,13 +136,13 @@ def answer(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
             if (known := run.known_exact.get(key)) is not None:
                 run.exact(known)
                 return None
-        return _handle(current, run, evaluation, key, *args, **kwargs)
+        return _handle(current, run, evaluation, key, original, *args, **kwargs)
     except Unsupported as error:
         run.exact(str(error))
     except Exception as error:
         if type(error).__name__ == "InterruptProcessingException":
             raise
-        run.exact(f"error in taylor_patch ({type(error).__name__}: {error})")
+        run.exact(f"error in taylor_patch ({said(error)})")
     return None
 
 
@@ -159,10 +160,10 @@ def _demands_exact(kwargs: dict[str, Any], evaluation: Evaluation | None) -> str
     return None if evaluation is None else evaluation.exact
 
 
-def _handle(current: Engine, run: SamplingRun, evaluation: Evaluation | None, key: Any, q: Any, k: Any, v: Any,
-            heads: int, mask: Tensor | None = None, attn_precision: Any = None, skip_reshape: bool = False,
+def _handle(current: Engine, run: SamplingRun, evaluation: Evaluation | None, key: Any, original: Callable[..., Any],
+            q: Any, k: Any, v: Any, heads: int, mask: Tensor | None = None, attn_precision: Any = None, skip_reshape: bool = False,
             skip_output_reshape: bool = False, *, transformer_options: dict[str, Any], scale: float | None = None,
-            enable_gqa: bool = False, **_: Any) -> Tensor | None:
+            enable_gqa: bool = False, **wishes: Any) -> Tensor | None:
     """Choose and run a backend; from q on the arguments are ComfyUI's. key: what the run remembers a choice for exact attention by."""
     containers = [x for x in (q, k, v) if type(x) is not Tensor and hasattr(x, "peek")]
     if containers:
@@ -179,7 +180,10 @@ def _handle(current: Engine, run: SamplingRun, evaluation: Evaluation | None, ke
             run.known_exact[key] = reason
         run.exact(reason)
         return None
-    out = current.attempt(choice.backend, call, run, evaluation)
+    exact = functools.partial(original, q, k, v, heads, mask=mask, attn_precision=attn_precision, skip_reshape=skip_reshape,
+                              skip_output_reshape=skip_output_reshape, transformer_options=transformer_options, **wishes,
+                              **({} if scale is None else {"scale": scale}), **({"enable_gqa": True} if enable_gqa else {}))
+    out = current.attempt(choice.backend, call, run, evaluation, exact)
     if out is None:
         return None
     for container in containers:
@@ -198,5 +202,6 @@ def _placed(call: AttentionCall, evaluation: Evaluation | None, options: dict[st
             found, why = grid.infer(call.q.shape[2], evaluation.latent_shape, evaluation.patches, evaluation.family,
                                     evaluation.has_reference, options)
         placed = dataclasses.replace(call, grid=found, grid_reason=why, step=evaluation.step, sigma=evaluation.sigma,
-                                     block=evaluation.block_index(options), model=evaluation.family)
+                                     block=evaluation.block_index(options), model=evaluation.family,
+                                     fingerprint=evaluation.fingerprint, memo=evaluation.run.memo)
     return dataclasses.replace(placed, target_error=target_error(placed))

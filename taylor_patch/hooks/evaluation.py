@@ -9,12 +9,16 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from taylor_patch.engine import NOT_FINITE, engine
+from taylor_patch.engine import engine
+from taylor_patch.errors import said
 from taylor_patch.hooks.cold import ColdPatch
 from taylor_patch.run import Evaluation, SamplingRun, current_run, describe, evaluation, with_exact
-from taylor_patch.telemetry import StepRecord, read
+from taylor_patch.telemetry import Reading, StepRecord, read
 
 log = logging.getLogger("taylor_patch")
+
+REPEATS = 2
+"""How often an evaluation is computed again without the blocks that were too far off, before all of it is exact."""
 
 _patch = ColdPatch("BaseModel.apply_model")
 
@@ -30,45 +34,57 @@ def uninstall() -> None:
 
 
 def apply_model(wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """`wrapped`(x, t, ...) as one evaluation of the run in progress; once more, exactly, where a backend's values were not finite."""
+    """`wrapped`(x, t, ...) as one evaluation of the run in progress; once more where a backend's result may not be used."""
     run = current_run()
     if run is None:
         return wrapped(*args, **kwargs)
-    first = _describe(run, instance, args, kwargs)
-    out, bad = _evaluate(first, wrapped, args, kwargs)
-    if not bad:
+    # The picture must not suffer: the same evaluation once more, from the same inputs, without the blocks that were too far off ...
+    for _ in range(1 + REPEATS):
+        out, found = _evaluate(_describe(run, instance, args, kwargs), wrapped, args, kwargs)
+        if found.failed or not found.too_far:
+            break
+    if not found.failed and not found.too_far:
         return out
-    # The picture must not suffer: the same evaluation once more, from the same inputs, exact.
-    reason = f"{', '.join(bad)}: {NOT_FINITE}"
-    log.warning("taylor_patch: %s; this step is computed again by exact attention, which takes its place for such calls in this run.", reason)
+    # ... and wholly exact where a check failed, or where other blocks are too far off each time.
+    reason = "; ".join(sorted({f"{check.backend}: {check.problem}" for check in found.failed})) or "error above quality_limit in other blocks"
+    log.warning("taylor_patch: %s; this step is computed again by exact attention%s.", reason,
+                ", which takes its place for such calls in this run" if found.failed else "")
     again = _describe(run, instance, args, kwargs)
     again.exact = reason
     return _evaluate(again, wrapped, args, kwargs)[0]
 
 
-def _evaluate(current: Evaluation, wrapped: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[str]]:
-    """(the model's result, names of the backends whose values were not finite; they are not asked again for such calls)."""
+def _evaluate(current: Evaluation, wrapped: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Reading]:
+    """(the model's result, what was read of it: to be used only where no check failed and no block was too far off).
+
+    Such backends and blocks are exact from then on.
+    """
     run, started = current.run, time.monotonic()
     calls, fallbacks = run.calls.copy(), run.fallbacks.copy()
     with evaluation(current):
         out = wrapped(*args, **kwargs)
     try:
-        found = read(current.answers)  # the one read from the device, which has to finish the evaluation for it
-        run.broken.update(found.not_finite)
-        run.sampled = run.sampled or bool(found.blocks)
-        if found.too_far and not run.too_far:
-            (name, _, block), error = next(iter(found.too_far.items()))
-            log.warning("taylor_patch: %s: error %.3g in block %s and %d more is above quality_limit times the error asked for; such blocks "
-                        "are exact from here on in this run.", name, error, block, len(found.too_far) - 1)
-        run.too_far.update(found.too_far)
+        found = read(current.answers, current.checks)  # the one read from the device, which has to finish the evaluation for it
+    except Exception as error:
+        log.warning("taylor_patch: the step's figures cannot be read (%s)", said(error))
+        return out, Reading()
+    run.broken.update((check.backend, check.signature) for check in found.failed)
+    repeated = bool(found.failed or found.too_far)
+    run.sampled = run.sampled or bool(found.blocks and not repeated)
+    if found.too_far and not run.too_far:
+        (name, _, block), worst = next(iter(found.too_far.items()))
+        log.warning("taylor_patch: %s: error %.3g in block %s and %d more is above quality_limit times the error asked for; the step is "
+                    "computed again, and such blocks are exact from here on in this run.", name, worst, block, len(found.too_far) - 1)
+    run.too_far.update(found.too_far)
+    try:
         engine().judge(run, found)
         calls, fallbacks = run.calls - calls, run.fallbacks - fallbacks
         engine().record(run, StepRecord(current.family, current.step, current.sigma, time.monotonic() - started,
-                                        with_exact(calls, fallbacks), dict(fallbacks), current.max_head_dim, found.blocks))
+                                        with_exact(calls, fallbacks), dict(fallbacks), current.max_head_dim, found.blocks,
+                                        repeated))
     except Exception as error:
-        log.warning("taylor_patch: the step's record failed (%s: %s)", type(error).__name__, error)
-        return out, []
-    return out, sorted({name for name, _ in found.not_finite})
+        log.warning("taylor_patch: the step's record failed (%s)", said(error))
+    return out, found
 
 
 def _describe(run: SamplingRun, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Evaluation:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 
-LEFT, TOP, WIDTH, BOTTOM = 56, 8, 640, 44
+LEFT, TOP, WIDTH, BOTTOM = 92, 12, 640, 48
 """Margins and width in SVG units; the page scales them."""
 
 SERIES = 6
@@ -55,6 +55,11 @@ def nice(value: float) -> float:
     return next(step * power for step in (1, 2, 4, 8, 10) if step * power >= value * (1 - 1e-9))
 
 
+def number(value: float) -> str:
+    """Four digits, without an exponent where the number is large."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
 def _axis(low: float, high: float, height: float) -> tuple[Callable[[float], float], str]:
     """(value -> y, grid lines with their numbers) for values from low to high."""
     def y(value: float) -> float:
@@ -62,13 +67,14 @@ def _axis(low: float, high: float, height: float) -> tuple[Callable[[float], flo
 
     marks = [low + (high - low) * part / 4 for part in range(5)]
     return y, "".join(f'<line class="grid" x1="{LEFT}" x2="{LEFT + WIDTH}" y1="{y(mark):.1f}" y2="{y(mark):.1f}"/>'
-                      f'<text class="tick" x="{LEFT - 6}" y="{y(mark) + 4:.1f}" text-anchor="end">{mark:.4g}</text>' for mark in marks)
+                      f'<text class="tick" x="{LEFT - 6}" y="{y(mark) + 4:.1f}" text-anchor="end">{number(mark)}</text>' for mark in marks)
 
 
-def bars(columns: Sequence[object], series: Mapping[str, Sequence[float]], x_label: str, y_label: str, label: str) -> str:
-    """Stacked bars: series name -> a value for each column."""
+def bars(columns: Sequence[object], series: Mapping[str, Sequence[float]], marks: Sequence[float | None], x_label: str, y_label: str,
+         label: str) -> str:
+    """Stacked bars: series name -> a value for each column. marks: a line across each column, None for none."""
     height = 200.0
-    tops = [sum(values[i] for values in series.values()) for i in range(len(columns))]
+    tops = [sum(values[i] for values in series.values()) for i in range(len(columns))] + [mark for mark in marks if mark is not None]
     y, parts = _axis(0.0, nice(max([*tops, 1e-9])), height)
     cell = WIDTH / max(len(columns), 1)
     for i in range(len(columns)):
@@ -78,6 +84,9 @@ def bars(columns: Sequence[object], series: Mapping[str, Sequence[float]], x_lab
                       f'height="{y(base) - y(base + values[i]):.1f}" fill="var(--series-{number % SERIES})">'
                       f"<title>{escape(f'{name}, {x_label} {columns[i]}: {values[i]:.3g}')}</title></rect>")
             base += values[i]
+        if (mark := marks[i]) is not None:
+            parts += (f'<line x1="{LEFT + i * cell:.1f}" x2="{LEFT + (i + 1) * cell:.1f}" y1="{y(mark):.1f}" y2="{y(mark):.1f}" '
+                      f'stroke="var(--ink)" stroke-width="2"><title>{escape(f"exact, {x_label} {columns[i]}: {mark:.3g}")}</title></line>')
     return _frame(height, parts + _x_ticks(columns, height), x_label, y_label, label)
 
 

@@ -8,21 +8,26 @@ from typing import Any
 
 from taylor_patch.report import charts
 from taylor_patch.report.runs import Run
+from taylor_patch.telemetry import saved_text
 
 STYLE = """
-:root { color-scheme: light dark; --paper: #fcfcfb; --ink: #1c1c1a; --soft: #6b6a65; --line: #dddcd6; --empty: #e9e8e3;
+:root { color-scheme: light dark; --paper: #fcfcfb; --ink: #1c1c1a; --soft: #6b6a65; --line: #dddcd6; --empty: #f0efeb; --unknown: #c4c3bb;
   --heat: 205 80%;
   --series-0: #3272b8; --series-1: #c2642c; --series-2: #3f8f5f; --series-3: #8a5fb0; --series-4: #a8852a; --series-5: #b04a6a; }
-@media (prefers-color-scheme: dark) { :root { --paper: #171716; --ink: #ecebe6; --soft: #a3a29b; --line: #3a3936; --empty: #2a2a28;
+@media (prefers-color-scheme: dark) { :root { --paper: #171716; --ink: #ecebe6; --soft: #a3a29b; --line: #3a3936;
+  --empty: #242422; --unknown: #54534e;
   --series-0: #6fa8e6; --series-1: #e2935f; --series-2: #6fbf8d; --series-3: #b596d8; --series-4: #d1b25c; --series-5: #de8aa5; } }
 body { font: 16px/1.5 system-ui, sans-serif; background: var(--paper); color: var(--ink); max-width: 46rem; margin: 0 auto; padding: 1rem; }
 h1 { font-size: 1.5rem; margin: .5rem 0; } h2 { font-size: 1.2rem; margin: 2.2rem 0 .3rem; } h3 { font-size: 1rem; margin: 1.4rem 0 .2rem; }
 p { margin: .3rem 0; color: var(--soft); } svg { width: 100%; min-width: 34rem; height: auto; display: block; }
 .tick, .axis { font-size: 12px; fill: var(--soft); } .grid { stroke: var(--line); }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-size: .92rem; }
-td, th { text-align: left; padding: .25rem .6rem .25rem 0; border-bottom: 1px solid var(--line); overflow-wrap: anywhere; }
-td.n { text-align: right; font-variant-numeric: tabular-nums; }
-.key span { display: inline-block; width: .8rem; height: .8rem; margin: 0 .3rem 0 .8rem; border-radius: 2px; vertical-align: -1px; }
+td, th { text-align: left; padding: .25rem .6rem .25rem 0; border-bottom: 1px solid var(--line); overflow-wrap: break-word; }
+td.n { overflow-wrap: anywhere; text-align: right; font-variant-numeric: tabular-nums; }
+@media (max-width: 34rem) { .tick, .axis { font-size: 19px; } }
+.key b { font-weight: normal; white-space: nowrap; margin-right: .8rem; } .key b.long { white-space: normal; }
+.key span { display: inline-block; width: .8rem; height: .8rem; margin-right: .3rem; border-radius: 2px; vertical-align: -1px; }
+.key span.line { height: 2px; background: var(--ink); vertical-align: 4px; }
 """
 
 ERROR_STEPS = (0.01, 0.02, 0.05, 0.1, 0.2)
@@ -39,13 +44,16 @@ def render(runs: list[Run], source: str) -> str:
 
 def section(run: Run) -> str:
     """The part of the report about one run. Its settings are left out where its closing line has none."""
-    steps = [step["step"] if step["step"] is not None else "?" for step in run.steps]
+    steps = [("?" if step["step"] is None else str(step["step"])) + ("*" if step.get("repeated") else "") for step in run.steps]
     seconds = run.summary.get("seconds")
     head = (f"<h2>{escape(run.model)}, {len(run.steps)} model evaluations"
             + (f" in {seconds:.1f} s" if seconds is not None else ", in progress") + "</h2>")
     quality = run.summary.get("quality") or "no call was sampled"
     outcome = run.summary.get("outcome", "")
-    parts = [head, f"<p>{escape(quality)}{'' if outcome in ('', 'finished') else ', ' + escape(outcome)}</p>"]
+    saved = saved_text(run.summary.get("saved_seconds"), run.summary.get("speed_up"))
+    parts = [head, f"<p>{escape(', '.join(filter(None, (saved, quality, '' if outcome == 'finished' else outcome))))}</p>"]
+    if any(step.get("repeated") for step in run.steps):
+        parts.append("<p>* not used: the step was computed again, with exact attention for what was too far off</p>")
     if run.blocks:
         parts += ["<h3>Error of sampled calls</h3><p>relative L2 against exact attention</p>", _errors(run, steps),
                   "<h3>Backend of each block</h3>", _backends(run, steps), "<h3>Time in backends</h3>", _times(run, steps)]
@@ -83,11 +91,11 @@ def _errors(run: Run, steps: list[Any]) -> str:
         if block is None:
             return None
         error = block["figures"].get("quality_raw")
-        return ("var(--line)", "not sampled") if error is None else (heat(error), f"step {steps[column]}, block {run.blocks[row]}: {error:.3g}")
+        where = f"step {steps[column]}, block {run.blocks[row]}"
+        return ("var(--unknown)", "not sampled") if error is None else (heat(error), f"{where}: {error:.3g}")
 
     bounds = (0.0, *ERROR_STEPS)
-    key = "".join(f'<span style="background:{heat(bound + 1e-9)}"></span>over {bound:g}' for bound in bounds)
-    key += ('<span style="background:var(--line)"></span>not sampled<span style="background:var(--empty)"></span>exact')
+    key = "".join(_item(heat(bound + 1e-9), f"over {bound:g}") for bound in bounds) + _item("var(--unknown)", "not sampled") + EXACT
     return charts.grid(steps, run.blocks, fill, "step", "block", "error by step and block") + f'<p class="key">{key}</p>'
 
 
@@ -96,7 +104,14 @@ def _names(run: Run) -> list[str]:
 
 
 def _key(names: list[str]) -> str:
-    return "".join(f'<span style="background:var(--series-{n % charts.SERIES})"></span>{escape(name)}' for n, name in enumerate(names))
+    return "".join(_item(f"var(--series-{n % charts.SERIES})", name) for n, name in enumerate(names))
+
+
+def _item(colour: str, text: str) -> str:
+    return f'<b><span style="background:{colour}"></span>{escape(text)}</b> '
+
+
+EXACT = _item("var(--empty)", "exact")
 
 
 def _backends(run: Run, steps: list[Any]) -> str:
@@ -110,13 +125,15 @@ def _backends(run: Run, steps: list[Any]) -> str:
         return colour, f"step {steps[column]}, block {run.blocks[row]}: {block['backend']}"
 
     return (charts.grid(steps, run.blocks, fill, "step", "block", "backend by step and block")
-            + f'<p class="key">{_key(names)}<span style="background:var(--empty)"></span>exact</p>')
+            + f'<p class="key">{_key(names)}{EXACT}</p>')
 
 
 def _times(run: Run, steps: list[Any]) -> str:
     names = _names(run)
     series = {name: [step["milliseconds"].get(name) or 0.0 for step in run.steps] for name in names}
-    return charts.bars(steps, series, "step", "milliseconds", "time in backends by step") + f'<p class="key">{_key(names)}</p>'
+    exact = run.exact_milliseconds()
+    key = _key(names) + ('<b class="long"><span class="line"></span>exact attention for the same calls, estimated</b>' if any(exact) else "")
+    return charts.bars(steps, series, exact, "step", "milliseconds", "time in backends by step") + f'<p class="key">{key}</p>'
 
 
 def _logits(run: Run) -> str:

@@ -42,6 +42,10 @@ def draw(run: Run, path: Path) -> None:
         values = [step["milliseconds"].get(backend) or 0.0 for step in run.steps]
         times.bar(steps, values, bottom=base, label=backend)
         base = [a + b for a, b in zip(base, values, strict=True)]
+    marks = [(column, exact) for column, exact in enumerate(run.exact_milliseconds()) if exact is not None]
+    if marks:
+        times.hlines([exact for _, exact in marks], [column - 0.5 for column, _ in marks], [column + 0.5 for column, _ in marks],
+                     color="black", label="exact, estimated")
     for axes, x, y, title in ((errors, "step", "block", "Error of sampled calls"), (times, "step", "milliseconds", "Time in backends"),
                               (logits, "block", "logit", "1st to 99th percentile of scale * q.k")):
         axes.set(xlabel=x, ylabel=y, title=title)

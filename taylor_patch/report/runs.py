@@ -38,6 +38,14 @@ class Run:
                 total[reason] = total.get(reason, 0) + count
         return dict(sorted(total.items(), key=lambda item: -item[1]))
 
+    def exact_milliseconds(self) -> list[float | None]:
+        """For each step what exact attention is estimated to take for the calls that backends answered; None where one is not known."""
+        found: list[float | None] = []
+        for step in self.steps:
+            times = [block.get("exact_milliseconds") for block in step["blocks"]]
+            found.append(sum(times) if times and None not in times else None)
+        return found
+
     def figures(self, name: str) -> list[float]:
         """A figure of all sampled calls."""
         return [block["figures"][name] for step in self.steps for block in step["blocks"]

@@ -1,0 +1,107 @@
+"""The demo's trained model at 128 x 128 pixels: what `quality` asks for, what the log file says, and what the picture is worth."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from taylor_patch import config, guard
+from taylor_patch import engine as engines
+from taylor_patch.demo import host as demo
+from taylor_patch.demo import model as demo_model
+from taylor_patch.hooks.attention import replace
+
+STEPS = 3
+SAMPLES, SAMPLED_KEYS = 16, 64
+
+
+def spread(total, count, seed):
+    """Evenly spread indices, moved along by the seed: as docs/adr/0006 and guard.spread have it."""
+    return (np.arange(count) * total // count + seed * 7919) % total
+
+
+def figures(q, k, v, out, seed):
+    """The figures of one call in float64 by numpy. q, k, v: [1, H, N, D]; out: [1, N, H * D]."""
+    q, k, v, out = (x[0].double().numpy() for x in (q, k, v, out))
+    heads, tokens, dim = q.shape
+    rows, keys = spread(tokens, SAMPLES, seed), spread(tokens, SAMPLED_KEYS, seed)
+    ours = out.reshape(tokens, heads, dim).transpose(1, 0, 2)[:, rows]
+    logits = q[:, rows] @ k.transpose(0, 2, 1) / np.sqrt(dim)
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    exact = weights / weights.sum(-1, keepdims=True) @ v
+    error = np.linalg.norm(ours - exact) / np.linalg.norm(exact)
+    some = np.sort((q[:, rows] @ k[:, keys].transpose(0, 2, 1) / np.sqrt(dim)).flatten())
+    p01, p50, p99 = np.interp([0.01, 0.5, 0.99], np.linspace(0, 1, some.size), some)
+    return {"quality_raw": error, "quality_eff": error, "q_norm": np.linalg.norm(q[:, rows], axis=-1).mean(),
+            "k_norm": np.linalg.norm(k[:, keys], axis=-1).mean(), "logit_p01": p01, "logit_p50": p50, "logit_p99": p99,
+            "logit_max": np.abs(some).max()}
+
+
+class Captured:
+    """The patched attention, with the figures of every call computed from its q, k, v."""
+
+    def __init__(self, wanted):
+        self.wanted, self.attention = wanted, replace(demo.exact_attention)
+        self.numbers, self.found = Counter(), {}
+
+    def __call__(self, q, k, v, heads, **kwargs):
+        out = self.attention(q, k, v, heads, **kwargs)
+        if self.wanted:
+            step = round((1 - float(kwargs["transformer_options"]["sigmas"])) * STEPS)
+            self.numbers[step] += 1
+            self.found[step, self.numbers[step] - 1] = figures(q, k, v, out, self.numbers[step] + step)
+        return out
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Quality -> (picture, lines of the log file, captured figures)."""
+    folder, found = tmp_path_factory.mktemp("quality"), {}
+    network, texts, vectors = demo_model.load(torch.device("cpu"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        for name in ("sdpa", *config.QUALITIES):
+            log = folder / f"{name}.jsonl"
+            settings = {"backend": "sdpa"} if name == "sdpa" else {"backend": "near_far", "quality": name}
+            engine = engines.Engine({"taylor_patch": {**settings, "log_file": str(log), "quality_limit": 0.0}}, environ={})
+            engines.use(engine)
+            captured = Captured(name == "balanced")
+            picture, _ = demo.sample(demo.Flux(network), texts[17:18], vectors[17:18], 128, STEPS, 0, engine, captured, lambda: None)
+            found[name] = picture, [json.loads(line) for line in log.read_text().splitlines()], captured.found
+    engines.reset()
+    return found
+
+
+def errors(lines):
+    return [block["figures"]["quality_raw"] for line in lines if line["kind"] == "step" for block in line["blocks"] if block["figures"]]
+
+
+NOT_AIMED = pytest.mark.xfail(reason="near_far takes its density from the quality alone, it does not aim at the error", strict=False)
+
+
+@pytest.mark.parametrize("quality", [pytest.param("lossless", marks=NOT_AIMED), "balanced", "fast"])
+def test_the_recorded_error_is_under_what_was_asked_for(made, quality):
+    found = errors(made[quality][1])
+    assert len(found) >= 5 and np.quantile(found, 0.9) < config.QUALITIES[quality], found
+
+
+def test_the_picture_is_the_better_the_less_error_is_allowed(made):
+    psnr = [demo.psnr(made["sdpa"][0], made[quality][0]) for quality in config.QUALITIES]
+    assert psnr == sorted(psnr, reverse=True) and psnr[0] > 40 and psnr[2] > 25, psnr
+
+
+def test_the_log_file_has_what_q_k_v_give(made):
+    _, lines, captured = made["balanced"]
+    compared = 0
+    for line in lines:
+        for block in line.get("blocks", ()):
+            if block["figures"]:
+                expected = captured[line["step"], block["block"]]
+                assert set(expected) == set(guard.FIGURES)
+                assert block["figures"] == pytest.approx(expected, rel=0.01, abs=1e-3), (line["step"], block["block"])
+                compared += 1
+    assert compared >= 5 and len(captured) == 5 * STEPS
