@@ -37,13 +37,17 @@ def uninstall() -> None:
 
 
 def status() -> dict[str, Any]:
-    """What is in place: {"registered", "hooks", "patched", "settings", "problem", "plugins", "last_run"}."""
+    """What is in place: {"registered", "hooks", "patched", "chains", "settings", "problem", "plugins", "last_run"}.
+
+    chains: function -> who patched it, outermost first.
+    """
     attention_hook = sys.modules.get("taylor_patch.hooks.attention")
     current = engines.engine()
     return {
         "registered": startup.registered,
         "hooks": dict(startup.fired),
         "patched": list(attention_hook.patched()) if attention_hook else [],
+        "chains": importlib.import_module("taylor_patch.hooks.chain").chains() if attention_hook else {},
         "settings": current.describe(),
         "problem": current.problem,
         "plugins": current.registry.plugins,

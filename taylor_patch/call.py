@@ -35,6 +35,7 @@ class AttentionCall:
     grid: where the image tokens are, or None where that is not known; grid_reason then says why.
     step, sigma, block: position in the sampling run, None outside one.
     target_error: relative L2 error that the user's `quality` allows.
+    first_head: which query head of the model's call is the first one here; above 0 only where the engine splits a call over heads.
     A backend returns [B, H, N_q, D] in q's dtype and leaves q, k, v as they are.
     """
 
@@ -51,6 +52,7 @@ class AttentionCall:
     block: int | None = None
     model: str | None = None
     target_error: float = 0.03
+    first_head: int = 0
 
     @property
     def self_attention(self) -> bool:
@@ -60,7 +62,8 @@ class AttentionCall:
     def signature(self) -> tuple[Any, ...]:
         """Everything that a routing decision may depend on besides step, sigma and block."""
         return (tuple(self.q.shape), tuple(self.k.shape), self.q.dtype, self.q.device,
-                None if self.key_mask is None else tuple(self.key_mask.shape), self.row_mask is None, self.grid, self.grid_reason, self.model)
+                None if self.key_mask is None else tuple(self.key_mask.shape), self.row_mask is None, self.grid, self.grid_reason,
+                self.model, self.first_head)
 
 
 class Unsupported(Exception):

@@ -16,7 +16,7 @@ from taylor_patch.telemetry import StepRecord, read
 
 log = logging.getLogger("taylor_patch")
 
-_patch = ColdPatch("BaseModel.apply_model")
+_patch = ColdPatch("BaseModel.apply_model", ("self", "x", "t"))
 
 
 def install(module: ModuleType) -> None:
@@ -49,7 +49,6 @@ def apply_model(wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...
 def _evaluate(current: Evaluation, wrapped: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[str]]:
     """(the model's result, names of the backends whose values were not finite; they are not asked again for such calls)."""
     run, started = current.run, time.monotonic()
-    calls, fallbacks = run.calls.copy(), run.fallbacks.copy()
     with evaluation(current):
         out = wrapped(*args, **kwargs)
     try:
@@ -62,9 +61,9 @@ def _evaluate(current: Evaluation, wrapped: Callable[..., Any], args: tuple[Any,
                         "are exact from here on in this run.", name, error, block, len(found.too_far) - 1)
         run.too_far.update(found.too_far)
         engine().judge(run, found)
-        calls, fallbacks = run.calls - calls, run.fallbacks - fallbacks
+        tally = current.tally
         engine().record(run, StepRecord(current.family, current.step, current.sigma, time.monotonic() - started,
-                                        with_exact(calls, fallbacks), dict(fallbacks), current.max_head_dim, found.blocks))
+                                        with_exact(tally.calls, tally.fallbacks), dict(tally.fallbacks), current.max_head_dim, found.blocks))
     except Exception as error:
         log.warning("taylor_patch: the step's record failed (%s: %s)", type(error).__name__, error)
         return out, []
