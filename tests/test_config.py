@@ -311,7 +311,7 @@ def test_rules_on_kind_and_mask():
 def test_respect_of_a_rule(configure):
     configure('[[rules]]\nwhen = { model = "wan*" }\nrespect = "rule"\n[[rules]]\nbackend = "sdpa"\n')
     assert [rule.respect for rule in load().rules] == ["rule", None]
-    assert 'respect = "rule"' in config.as_toml(load())
+    assert 'respect = "rule"' in configuration.as_toml(load())
     configure('[[rules]]\nrespect = "rules"\n')
     with pytest.raises(ConfigError, match=r':2:1: rules\[0\]\.respect: "rules" is not one of override, rule\. Did you mean "rule"'):
         load()
