@@ -295,6 +295,25 @@ def test_the_registry_is_as_before_afterwards(comfy):
     assert set(known) == {"pytorch"}
 
 
+@pytest.mark.parametrize("change", [
+    lambda m: delattr(m, "register_attention_function"), lambda m: setattr(m, "register_attention_function", lambda function: None),
+    lambda m: m.REGISTERED_ATTENTION_FUNCTIONS.update(near_far=len),
+], ids=["none", "other-arguments", "name-taken"])
+def test_a_registry_that_is_not_as_expected_costs_nothing_else(configure, change):
+    configure(SPARSE)
+    host = fake_comfy.Host()
+    change(host.attention)
+    q, k, v = qkv()
+    try:
+        taylor_patch.install()
+        host.sample(lambda o: host.attention.optimized_attention(q, k, v, HEADS, transformer_options=o))
+        assert handled() == 1 and taylor_patch.status()["hooks"]["comfy.ldm.modules.attention"] == "ok"
+        assert host.attention.REGISTERED_ATTENTION_FUNCTIONS.get("near_far") in (None, len)
+    finally:
+        taylor_patch.uninstall()
+        host.remove()
+
+
 def other_plugin(function):
     @functools.wraps(function)
     def theirs(*args, **kwargs):

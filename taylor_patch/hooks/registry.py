@@ -22,16 +22,19 @@ _module: ModuleType | None = None
 
 
 def install(module: ModuleType, original: Callable[..., Any]) -> None:
-    """Register every backend but `sdpa` where this ComfyUI has a registry. A name that is taken stays as it is."""
+    """Register every backend but `sdpa` where this ComfyUI has a registry. A name that is taken stays as it is; nothing is raised."""
     global _module
     known = getattr(module, "REGISTERED_ATTENTION_FUNCTIONS", None)
     if known is None or not hasattr(module, "register_attention_function"):
         return
     _module = module
-    for name in engine().registry.backends:
-        if name != "sdpa" and name not in known:
-            module.register_attention_function(name, attention_function(name, original))
-            _registered.append(name)
+    try:
+        for name in engine().registry.backends:
+            if name != "sdpa" and name not in known:
+                module.register_attention_function(name, attention_function(name, original))
+                _registered.append(name)
+    except Exception as error:
+        log.warning("taylor_patch: backends are not in ComfyUI's registry of attention functions (%s: %s)", type(error).__name__, error)
 
 
 def uninstall() -> None:
