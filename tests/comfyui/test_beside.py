@@ -14,7 +14,9 @@ from .conftest import NODES, latent, our_lines, workflow
 BESIDE = Path(__file__).with_name("beside_nodes")
 FIXED = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 OVERRIDDEN = "a node's attention override"
-CONFIG = '[taylor_patch]\nbackend = "near_far"\nmin_tokens = 64\nquality_limit = 0\nhook = "{}"\n[backends.taylor_torch]\nP = 2\n'
+# A fixed density: what random weights need for a wanted error is exact attention.
+CONFIG = ('[taylor_patch]\nbackend = "near_far"\nmin_tokens = 64\nquality_limit = 0\nhook = "{}"\n'
+          "[backends.near_far]\ndensity = 0.1\n[backends.taylor_torch]\nP = 2\n")
 
 
 def patched(family, way=None):
