@@ -38,9 +38,12 @@ def uninstall() -> None:
 
 
 def status() -> dict[str, Any]:
-    """What is in place, and what was done: {"registered", "hooks", "patched", "settings", "problem", "plugins", "current_run",
-    "last_run", "totals"}; the last three as RunSummary, RunSummary and Totals of all runs, the one in progress included; None where
-    there is no such run. May be called from any thread."""
+    """What is in place, and what was done: {"registered", "hooks", "patched", "chains", "settings", "problem", "plugins", "current_run",
+    "last_run", "totals"}.
+
+    chains: function -> who patched it, outermost first. current_run, last_run, totals: RunSummary, RunSummary and Totals of all runs, the
+    one in progress included; None where there is no such run. May be called from any thread.
+    """
     attention_hook = sys.modules.get("taylor_patch.hooks.attention")
     current, run = engines.engine(), current_run()
     running = None if run is None else run.summary("in progress")
@@ -48,6 +51,7 @@ def status() -> dict[str, Any]:
         "registered": startup.registered,
         "hooks": dict(startup.fired),
         "patched": list(attention_hook.patched()) if attention_hook else [],
+        "chains": importlib.import_module("taylor_patch.hooks.chain").chains() if attention_hook else {},
         "settings": current.describe(),
         "problem": current.problem,
         "plugins": current.registry.plugins,

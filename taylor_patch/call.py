@@ -37,6 +37,7 @@ class AttentionCall:
     target_error: relative L2 error that the user's `quality` allows.
     fingerprint: what tells models of one kind from others (run.fingerprint_of), None outside a model evaluation.
     memo: where a backend may keep what it has settled until the run ends (every backend under a name of its own), None outside a run.
+    first_head: which query head of the model's call is the first one here; above 0 only where the engine splits a call over heads.
     A backend returns [B, H, N_q, D] in q's dtype and leaves q, k, v as they are.
     """
 
@@ -55,6 +56,7 @@ class AttentionCall:
     target_error: float = 0.03
     fingerprint: str | None = None
     memo: dict[Any, Any] | None = field(default=None, compare=False, repr=False)
+    first_head: int = 0
 
     @property
     def self_attention(self) -> bool:
@@ -64,7 +66,8 @@ class AttentionCall:
     def signature(self) -> tuple[Any, ...]:
         """Everything that a routing decision may depend on besides step, sigma and block."""
         return (tuple(self.q.shape), tuple(self.k.shape), self.q.dtype, self.q.device,
-                None if self.key_mask is None else tuple(self.key_mask.shape), self.row_mask is None, self.grid, self.grid_reason, self.model)
+                None if self.key_mask is None else tuple(self.key_mask.shape), self.row_mask is None, self.grid, self.grid_reason,
+                self.model, self.first_head)
 
 
 class Unsupported(Exception):

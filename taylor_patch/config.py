@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from taylor_patch.errors import ConfigError, nearest
-from taylor_patch.rules import CONDITIONS, Rule, parse_conditions
+from taylor_patch.rules import CONDITIONS, RESPECT, Rule, parse_conditions
 from taylor_patch.toml_location import locate
 
 if sys.version_info >= (3, 11):
@@ -26,6 +26,7 @@ else:
     import tomli as tomllib
 
 FILE_NAME = "taylor_patch.toml"
+RULE_KEYS = ("when", "backend", "quality", "respect")
 QUALITIES = {"lossless": 0.02, "balanced": 0.03, "fast": 0.10}
 """Name -> relative L2 error aimed at per attention call."""
 
@@ -48,7 +49,8 @@ class Settings:
     quality_check_samples: int = 16
     quality_check_log_every: int = 1
     quality_limit: float = 2.0
-    memory_reserve: bool = True
+    hook: Literal["module", "override"] = "module"
+    memory_reserve: bool | Literal["free_memory"] = True
     memory_reserve_factor: float = 1.1
     memory_reserve_log: bool = True
     cache: bool = True
@@ -356,8 +358,8 @@ def _rules(layers: tuple[Layer, ...], option_types: Mapping[str, type]) -> tuple
         if not isinstance(table, dict):
             raise fail("when", "each of [[rules]] must be a table")
         for key in table:
-            if key not in ("when", "backend", "quality"):
-                raise fail(key, "unknown key; allowed are when, backend, quality." + nearest(key, ("when", "backend", "quality")))
+            if key not in RULE_KEYS:
+                raise fail(key, f"unknown key; allowed are {', '.join(RULE_KEYS)}." + nearest(key, RULE_KEYS))
         backend, quality = table.get("backend"), table.get("quality")
         if backend is not None and backend not in ("auto", *option_types):
             raise fail("backend", f'"{backend}" is not one of auto, {", ".join(sorted(option_types))}.'
@@ -367,11 +369,14 @@ def _rules(layers: tuple[Layer, ...], option_types: Mapping[str, type]) -> tuple
             if problem := Settings(quality=checked).problems().get("quality"):
                 raise fail("quality", problem)
             quality = quality_value(checked)
+        respect = table.get("respect")
+        if respect is not None and respect not in RESPECT:
+            raise fail("respect", f'"{respect}" is not one of {", ".join(RESPECT)}.' + nearest(str(respect), RESPECT))
         when = table.get("when", {})
         if not isinstance(when, dict):
             raise fail("when", f"must be a table of {', '.join(CONDITIONS)}")
         try:
-            rules.append(Rule(parse_conditions(when), backend, quality, layer.place("rules", number, "when")))
+            rules.append(Rule(parse_conditions(when), backend, quality, layer.place("rules", number, "when"), respect))
         except ValueError as error:
             raise fail("when", str(error)) from error
     return tuple(rules)
@@ -396,6 +401,7 @@ def as_toml(config: Config) -> str:
         lines += ["[[rules]]", f"when = {{ {when} }}"]
         lines += [f'backend = "{rule.backend}"'] if rule.backend else []
         lines += [f"quality = {rule.quality}"] if rule.quality is not None else []
+        lines += [f'respect = "{rule.respect}"'] if rule.respect else []
         lines.append("")
     return "\n".join(lines)
 
@@ -407,7 +413,8 @@ def plain(config: Config) -> dict[str, Any]:
         return {f.name: getattr(table, f.name) for f in dataclasses.fields(table) if getattr(table, f.name) != getattr(default, f.name)}
 
     backends = {name: values for name, options in config.options.items() if (values := changed(options))}
-    rules = [{"when": dict(rule.conditions.source), "backend": rule.backend, "quality": rule.quality} for rule in config.rules]
+    rules = [{"when": dict(rule.conditions.source), "backend": rule.backend, "quality": rule.quality, "respect": rule.respect}
+             for rule in config.rules]
     return {"taylor_patch": changed(config.settings), "backends": backends, "rules": rules}
 
 
@@ -439,7 +446,8 @@ def schema(option_types: Mapping[str, type]) -> dict[str, Any]:
 
     condition = {"type": "object", "additionalProperties": False, "properties": {name: {"type": ["string", "number"]} for name in CONDITIONS}}
     rule = {"type": "object", "additionalProperties": False,
-            "properties": {"when": condition, "backend": {"type": "string"}, "quality": _schema_of(str | float)}}
+            "properties": {"when": condition, "backend": {"type": "string"}, "quality": _schema_of(str | float),
+                           "respect": {"enum": list(RESPECT)}}}
     backends = {name: table(kind) for name, kind in sorted(option_types.items())}
     rules = {"type": "array", "items": rule}
     profile = table(Settings)

@@ -23,6 +23,7 @@ from taylor_patch.backends.base import Backend, Fallback
 from taylor_patch.call import AttentionCall
 from taylor_patch.errors import ConfigError, said
 from taylor_patch.memory import Workspaces, predict
+from taylor_patch.out_of_memory import HeadGroups, is_out_of_memory, part_of, run_in_groups
 from taylor_patch.router import Choice, Router
 from taylor_patch.run import Evaluation, RunSummary, SamplingRun, Totals, counted, family_of, sampling_run
 from taylor_patch.telemetry import (
@@ -63,6 +64,7 @@ class Engine:
         self.problem: str | None = None
         self._guard_failed = False
         self.workspaces = Workspaces()
+        self.head_groups = HeadGroups()
         self.registry = plugins.load(configuration.allowed_plugins(overrides, environ, comfyui_user()), environ=environ)
         self._stamp = self._current_stamp()
         try:
@@ -127,7 +129,7 @@ class Engine:
             log.warning("taylor_patch: the configuration was not looked at again (%s: %s)", type(error).__name__, error)
         outcome = "finished"
         with sampling_run(schedule) as current:
-            current.log_calls = self.config.settings.log == "call"
+            current.tally.log_calls = self.config.settings.log == "call"
             current.compare, self.compare_next = self.compare_next, False
             try:
                 yield current
@@ -137,10 +139,13 @@ class Engine:
             finally:
                 self._finish(current, outcome)
 
-    def reserve(self, patcher: Any, latent_shape: Sequence[int]) -> int:
-        """Bytes to keep free for the backends in the coming run; 0 where memory is managed on demand. patcher: ComfyUI's ModelPatcher."""
+    def reserve(self, patcher: Any, latent_shape: Sequence[int], how: bool | str = True) -> int:
+        """Bytes to keep free for the backends in the coming run; 0 where memory is managed on demand, or memory_reserve is not `how`.
+
+        patcher: ComfyUI's ModelPatcher.
+        """
         settings = self.config.settings
-        if not settings.memory_reserve or self.router.off or getattr(patcher, "is_dynamic", lambda: False)():
+        if settings.memory_reserve != how or self.router.off or getattr(patcher, "is_dynamic", lambda: False)():
             return 0
         family = family_of(patcher.model)
         nbytes = self.workspaces.of(family, latent_shape)
@@ -188,9 +193,9 @@ class Engine:
         except Exception as error:
             log.warning("taylor_patch: the run's summary failed (%s: %s)", type(error).__name__, error)
 
-    def choose(self, call: AttentionCall, run: SamplingRun) -> Choice:
-        """The router's choice, less the backends that failed on such a call in this run."""
-        choice = self.router.choose(call)
+    def choose(self, call: AttentionCall, run: SamplingRun, name: str | None = None) -> Choice:
+        """The router's choice (of the backend `name` where that is given), less the backends that failed on such a call in this run."""
+        choice = self.router.choose(call, name)
         if choice.backend is not None and (choice.backend.name, call.signature) in run.broken:
             return Choice(None, (f"{choice.backend.name}: failed earlier in this run",))
         return choice
@@ -202,12 +207,13 @@ class Engine:
         exact: ComfyUI's own attention on the same inputs; timed where its time is not known yet.
         On a GPU the check for values that are not finite is left on the device, in evaluation.answers.
         """
+        tally = run.tally if evaluation is None else evaluation.tally
         if (backend.name, call.signature, call.block) in run.too_far:
-            run.exact(f"{backend.name}: error above quality_limit in this block")
+            tally.exact(f"{backend.name}: error above quality_limit in this block")
             return None
         slow = run.too_slow.get((backend.name, call.signature, call.block))
         if slow is not None and run.evaluations - slow[0] < LOOK_AGAIN:
-            run.exact(f"{backend.name}: {slow[1]}")
+            tally.exact(f"{backend.name}: {slow[1]}")
             return None
         key = (backend.name, call.signature)
         exact_time = before = None
@@ -215,10 +221,11 @@ class Engine:
             exact_time = self._exact_time(call, run, exact)
             before = None if key in run.attempted else checksums(call)
         run.attempted.add(key)
-        problem = None
+        most = self.head_groups.of(backend.name, call)
+        out_of_memory, problem = False, None
         try:
             timer = Timer(call.q.device)
-            out = backend.run(call)
+            out = run_in_groups(backend, call, most)
             timer.stop()
             denominators, observed = backend.denominators(), backend.observed(call)
             problem = check_form(out, call)
@@ -227,19 +234,20 @@ class Engine:
                 if (evaluation is None or not checks_later(out.device)) and not bool(finite):
                     problem = NOT_FINITE
         except Fallback as reason:
-            run.exact(f"{backend.name}: {reason}")
+            tally.exact(f"{backend.name}: {reason}")
             return None
         except (Exception, SystemExit, GeneratorExit) as error:  # of these only ComfyUI's cancel button may end the run
             if type(error).__name__ == "InterruptProcessingException":
                 raise
-            problem = "out of memory" if is_out_of_memory(error) else said(error)
+            out_of_memory = is_out_of_memory(error)
+            problem = "out of memory" if out_of_memory else said(error)
         finally:
             if evaluation is not None and before is not None:
                 evaluation.checks.append(Check(*key, WROTE_INPUTS, same(before, checksums(call))))
         if problem is None:
-            run.handled(backend.name, call)
+            tally.handled(backend.name, call)
             if key not in run.workspaces:
-                run.workspaces[key] = stated_workspace(backend, call)
+                run.workspaces[key] = stated_workspace(backend, part_of(call, 0, most))
             if evaluation is not None:
                 evaluation.max_head_dim = max(evaluation.max_head_dim, call.q.shape[-1])
                 if checks_later(out.device):
@@ -249,11 +257,25 @@ class Engine:
                                                  self._figures(backend, call, out, evaluation), denominators, exact_time, observed,
                                                  self._comparison(call, out, run)))
             return out
+        tally.exact(f"{backend.name}: {problem}")
+        shown = f"q {list(call.q.shape)} {str(call.q.dtype).removeprefix('torch.')}"
+        # The error is gone by now, and with it the frames that held the backend's tensors.
+        if out_of_memory and (fewer := self._make_room(backend, call)):
+            log.warning('taylor_patch: backend "%s" ran out of memory on %s; exact attention answers this call, and the backend works on %d '
+                        "key heads at a time from here on.", backend.name, shown, fewer)
+            return None
         run.broken.add(key)
-        run.exact(f"{backend.name}: {problem}")
-        log.warning('taylor_patch: backend "%s" failed on q %s %s (%s); exact attention takes its place for such calls in this run.',
-                    backend.name, list(call.q.shape), str(call.q.dtype).removeprefix("torch."), problem)
+        log.warning('taylor_patch: backend "%s" failed on %s (%s); exact attention takes its place for such calls in this run.',
+                    backend.name, shown, problem)
         return None
+
+    def _make_room(self, backend: Backend, call: AttentionCall) -> int | None:
+        """Let go of what the backend keeps, and give it fewer key heads at a time; None where it has only one already."""
+        try:
+            backend.release()
+        except Exception as error:
+            log.warning("taylor_patch: %s could not release its memory (%s)", backend.name, said(error))
+        return self.head_groups.halve(backend.name, call)
 
     def _exact_time(self, call: AttentionCall, run: SamplingRun, exact: partial[Any] | None) -> ExactTime | None:
         """What exact attention takes for such calls. Known from an earlier run, or timed on the first two calls, before the backend's."""
@@ -329,11 +351,6 @@ def check_form(out: object, call: AttentionCall) -> str | None:
 def checks_later(device: torch.device) -> bool:
     """True where reading a value back would wait for the device."""
     return device.type != "cpu"
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """True for torch's out-of-memory errors, also where they arrive as AcceleratorError code 2."""
-    return isinstance(error, torch.OutOfMemoryError) or (type(error).__name__ == "AcceleratorError" and getattr(error, "error_code", 0) == 2)
 
 
 def comfyui_user() -> Path | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -54,6 +56,12 @@ def distance(out: Tensor, exact: Tensor) -> Tensor:
     return torch.linalg.vector_norm(apart) / torch.linalg.vector_norm(size).clamp_min(tiny)
 
 
+@lru_cache(maxsize=16)
+def _percentiles(device: torch.device) -> Tensor:
+    """The percentiles asked for, on the device: to copy them in every call would make the host wait."""
+    return torch.tensor([0.01, 0.5, 0.99], device=device)
+
+
 @torch.no_grad()
 def figures(backend: Backend, call: AttentionCall, out: Tensor, samples: int, seed: int) -> Tensor:
     """FIGURES of one call as float32 [8] on the device; nothing is read back. out: the backend's [B, H, N_q, D]."""
@@ -65,7 +73,7 @@ def figures(backend: Backend, call: AttentionCall, out: Tensor, samples: int, se
     q = call.q[:, :, rows].float()
     k = expand_kv(call.k[:, :, spread(call.k.shape[2], SAMPLED_KEYS, seed, call.q.device)], call.q.shape[1]).float()
     logits = (q @ k.transpose(-1, -2) * call.scale).flatten()
-    percentiles = torch.quantile(logits, torch.tensor([0.01, 0.5, 0.99], device=logits.device)) if logits.numel() < 1 << 24 else \
+    percentiles = torch.quantile(logits, _percentiles(logits.device)) if logits.numel() < 1 << 24 else \
         torch.full((3,), torch.nan, device=logits.device)  # torch.quantile's limit
     norms = torch.stack([torch.linalg.vector_norm(x, dim=-1).mean() for x in (q, k)])
     return torch.cat([torch.stack([raw, eff]), norms, percentiles, logits.abs().amax().reshape(1)])

@@ -64,6 +64,7 @@ class Router:
         self._cache: dict[Any, Choice] = {}
         settings = config.settings
         self.has_rules = bool(config.rules)
+        self.may_overrule = any(rule.respect == "rule" for rule in config.rules)
         self.off = "enabled = false" if not settings.enabled else \
             'backend = "sdpa"' if settings.backend == "sdpa" and not config.rules else None
         """Why every call is exact, or None."""
@@ -119,15 +120,19 @@ class Router:
         return next((rule.quality for rule in self.config.rules if rule.quality is not None and rule.conditions.match(call)),
                     self.config.target_error)
 
-    def choose(self, call: AttentionCall) -> Choice:
-        """The backend for `call`, or exact with every reason."""
+    def overrules(self, call: AttentionCall) -> bool:
+        """Whether a rule wins over a node's override and the checkpoint's attention for this call."""
+        return next((rule.respect for rule in self.config.rules if rule.respect and rule.conditions.match(call)), "override") == "rule"
+
+    def choose(self, call: AttentionCall, name: str | None = None) -> Choice:
+        """The backend for `call`, or exact with every reason. name: a backend that wins over rules and settings."""
         position = (call.sigma, call.block) if self.config.rules else None
-        key = (call.signature, call.target_error, call.scale, position)
+        key = (call.signature, call.target_error, call.scale, position, name)
         choice = self._cache.get(key)
         if choice is None:
             if len(self._cache) >= self.CACHE_LIMIT:
                 self._cache.clear()
-            choice = self._cache[key] = self._choose(call)
+            choice = self._cache[key] = self._choose(call) if name is None else self._named(name, call)
         return choice
 
     def _choose(self, call: AttentionCall) -> Choice:
@@ -140,11 +145,12 @@ class Router:
             return Choice(None, (reason,))
         if name == "sdpa":
             return Choice(None, ('backend = "sdpa"',))
-        if name != "auto":
-            backend = self.backends[name]
-            reasons = tuple(f"{name}: {reason}" for reason in backend.reasons_against(call))
-            return Choice(None, reasons) if reasons else Choice(backend)
-        return self.automatic(call)
+        return self.automatic(call) if name == "auto" else self._named(name, call)
+
+    def _named(self, name: str, call: AttentionCall) -> Choice:
+        backend = self.backends[name]
+        reasons = tuple(f"{name}: {reason}" for reason in backend.reasons_against(call))
+        return Choice(None, reasons) if reasons else Choice(backend)
 
     def automatic(self, call: AttentionCall) -> Choice:
         """The backend of highest priority that is measured to be faster for `call` and can run it."""

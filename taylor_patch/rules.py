@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from taylor_patch.call import AttentionCall
 
 CONDITIONS = ("model", "tokens", "sigma", "layers", "kind", "head_dim", "mask")
+RESPECT = ("override", "rule")
 WORDS = {"kind": ("self", "joint", "cross"), "mask": ("none", "key", "row")}
 _COMPARE = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt, "==": operator.eq}
 _NUMBER = re.compile(r"(>=|<=|==|>|<)?\s*([0-9.]+)$")
@@ -49,12 +50,17 @@ class Conditions:
 
 @dataclass(frozen=True)
 class Rule:
-    """One of [[rules]]: where `conditions` hold, `backend` and `quality` replace those of [taylor_patch]."""
+    """One of [[rules]]: where `conditions` hold, `backend` and `quality` replace those of [taylor_patch].
+
+    respect: "override", what goes without saying: a node's attention override and the checkpoint's own attention win; "rule": the rule
+    wins, and what its backend cannot do is left to them.
+    """
 
     conditions: Conditions
     backend: str | None
     quality: float | None
     place: str
+    respect: str | None = None
 
 
 def _compare(bound: tuple[str, float] | None, value: float | None) -> bool:

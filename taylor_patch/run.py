@@ -96,8 +96,62 @@ def counted(calls: Mapping[str, int], fallbacks: Mapping[str, int]) -> str:
 
 
 @dataclass
+class Tally:
+    """How many attention calls each backend answered, and how many were left to exact attention, by reason."""
+
+    calls: Counter[str] = field(default_factory=Counter)
+    fallbacks: Counter[str] = field(default_factory=Counter)
+    log_calls: bool = False
+    """Log a line for every attention call."""
+    handed_on: str | None = None
+    """Reason of the last exact call where that went to a node's override, which may be, or ask, one of our backends."""
+    noting: bool = False
+    """Keep the reason of the next exact call in handed_on."""
+
+    def exact(self, reason: str) -> None:
+        """Count a call that exact attention answers."""
+        self.fallbacks[reason] += 1
+        if self.log_calls:
+            log.info("taylor_patch: exact: %s", reason)
+        if self.noting:
+            self.handed_on = reason
+
+    def handled(self, backend: str, call: AttentionCall) -> None:
+        """Count a call that a backend has answered."""
+        self.calls[backend] += 1
+        if self.log_calls:
+            log.info("taylor_patch: %s: q %s %s, step %s, block %s", backend, list(call.q.shape),
+                     str(call.q.dtype).removeprefix("torch."), call.step, call.block)
+
+    def take_back(self) -> None:
+        """Forget the last exact call: it has come back and will be counted again."""
+        reason, self.handed_on = self.handed_on, None
+        if reason is not None:
+            self.fallbacks[reason] -= 1
+            if not self.fallbacks[reason]:
+                del self.fallbacks[reason]
+
+    def add(self, other: Tally) -> None:
+        """Count what `other` counted too."""
+        self.calls.update(other.calls)
+        self.fallbacks.update(other.fallbacks)
+
+
+@dataclass
+class DeviceState:
+    """What a run knows of the calls on one device; ComfyUI gives each device a thread of its own."""
+
+    least: float
+    """Calls with fewer query tokens are exact."""
+    too_few: str
+    """The reason for that."""
+    known_exact: dict[Any, str] = field(default_factory=dict)
+    """Shapes and arguments of calls that the router left to exact attention -> why."""
+
+
+@dataclass
 class Evaluation:
-    """One call of the diffusion model."""
+    """One call of the diffusion model, in the thread of one device."""
 
     run: SamplingRun
     latent_shape: tuple[int, ...] | None
@@ -118,6 +172,8 @@ class Evaluation:
     checks: list[Check] = field(default_factory=list)
     """What has to hold for the result to count, still on the device."""
     max_head_dim: int = 0
+    tally: Tally = field(default_factory=Tally)
+    """This evaluation's counts; they join the run's when it ends, so that threads of one run do not write to the same."""
 
     def block_index(self, options: Mapping[str, Any]) -> int:
         """Index of the running call's transformer block over the whole model; the number of the call where the model does not say."""
@@ -135,8 +191,7 @@ class SamplingRun:
     model: str | None = None
     started: float = field(default_factory=time.monotonic)
     evaluations: int = 0
-    calls: Counter[str] = field(default_factory=Counter)
-    fallbacks: Counter[str] = field(default_factory=Counter)
+    tally: Tally = field(default_factory=Tally)
     broken: set[tuple[Any, ...]] = field(default_factory=set)
     """(backend, signature) pairs that failed in this run."""
     too_far: set[tuple[Any, ...]] = field(default_factory=set)
@@ -147,8 +202,7 @@ class SamplingRun:
     """(backend, signature, block) that exact attention serves better -> (evaluation in which that was seen, why)."""
     sampled: bool = False
     """Whether an evaluation of this run has been sampled."""
-    known_exact: dict[Any, str] = field(default_factory=dict)
-    """Shapes and arguments of calls that the router left to exact attention -> why."""
+    devices: dict[Any, DeviceState] = field(default_factory=dict)
     sigmas: dict[float, float] = field(default_factory=dict)
     """Part of the schedule, 0 to 1 -> sigma there."""
     compare: bool = False
@@ -159,8 +213,6 @@ class SamplingRun:
     """What backends have settled in this run; AttentionCall.memo."""
     exact_times: dict[Any, ExactTime] = field(default_factory=dict)
     """Signature of calls that a backend answers -> what exact attention takes for them."""
-    log_calls: bool = False
-    """Log a line for every attention call."""
     name: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
     """What tells this run's records from others'; made at random."""
     records: list[StepRecord] = field(default_factory=list)
@@ -176,19 +228,6 @@ class SamplingRun:
                 found = index
         return found
 
-    def exact(self, reason: str) -> None:
-        """Count a call that exact attention answers."""
-        self.fallbacks[reason] += 1
-        if self.log_calls:
-            log.info("taylor_patch: exact: %s", reason)
-
-    def handled(self, backend: str, call: AttentionCall) -> None:
-        """Count a call that a backend has answered."""
-        self.calls[backend] += 1
-        if self.log_calls:
-            log.info("taylor_patch: %s: q %s %s, step %s, block %s", backend, list(call.q.shape),
-                     str(call.q.dtype).removeprefix("torch."), call.step, call.block)
-
     def summary(self, outcome: str) -> RunSummary:
         """Frozen copy of the counts."""
         spent: Counter[str] = Counter()
@@ -196,8 +235,8 @@ class SamplingRun:
             spent.update(record.milliseconds)
         times = compared(self.records)
         saved, speed_up = (None, None) if times is None else ((times[1] - times[0]) / 1000, times[1] / max(times[0], 1e-6))
-        return RunSummary(self.model, max(len(self.schedule) - 1, 0), self.evaluations, with_exact(self.calls, self.fallbacks),
-                          dict(self.fallbacks), time.monotonic() - self.started, outcome, dict(spent), quality_text(self.records),
+        return RunSummary(self.model, max(len(self.schedule) - 1, 0), self.evaluations, with_exact(self.tally.calls, self.tally.fallbacks),
+                          dict(self.tally.fallbacks), time.monotonic() - self.started, outcome, dict(spent), quality_text(self.records),
                           saved, speed_up,
                           comparison_text(self.records) or ("compared with exact attention: no call to compare" if self.compare else ""))
 
@@ -276,14 +315,19 @@ def describe(run: SamplingRun, model: Any, latent_shape: Sequence[int] | None, s
 @contextmanager
 def evaluation(current: Evaluation) -> Iterator[Evaluation]:
     """Enter one call of the diffusion model."""
-    current.run.model = current.family
-    current.run.latent_shape = current.latent_shape
-    current.run.evaluations += 1
+    run = current.run
+    run.model = current.family
+    run.latent_shape = current.latent_shape
+    current.tally.log_calls = run.tally.log_calls
+    with _lock:
+        run.evaluations += 1
     _position.evaluations.append(current)
     try:
         yield current
     finally:
         _position.evaluations.pop()
+        with _lock:
+            run.tally.add(current.tally)
 
 
 def current_evaluation() -> Evaluation | None:

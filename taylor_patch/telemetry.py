@@ -105,6 +105,7 @@ class Check:
     problem: str
     holds: Tensor
 
+
 @dataclass
 class Answer:
     """One call that a backend answered. figures are still on the device."""

@@ -26,27 +26,41 @@ class AttentionTensorContainer:
         return value
 
 
-def _take(x):
-    return x.take() if isinstance(x, AttentionTensorContainer) else x
+CONTRACTS = ("0.3.64", "0.33.0", "0.34")
+"""What ComfyUI's functions agree on, by the version that brought it; of 0.34 and later, preferred_attention is known by reading."""
 
 
-def wrap_attn(func):
-    @functools.wraps(func)
-    def wrapper(*args, **kwargs):
-        args = tuple(_take(x) for x in args)
-        kwargs = {name: _take(x) for name, x in kwargs.items()}
-        if "_inside_attn_wrapper" not in kwargs:
-            kwargs["_inside_attn_wrapper"] = True
-            options = kwargs.get("transformer_options")
-            if options is not None and "optimized_attention_override" in options:
-                return options["optimized_attention_override"](func, *args, **kwargs)
-        return func(*args, **kwargs)
+def make_wrap_attn(contract="0.33.0"):
+    """ComfyUI's decorator of attention functions: containers since 0.33.0, preferred_attention since 0.34."""
+    def wrap_attn(func):
+        @functools.wraps(func)
+        def wrapper(*args, **kwargs):
+            preferred = kwargs.pop("preferred_attention", None) if contract == "0.34" else None
+            held = args[:3] if args and isinstance(args[0], AttentionTensorContainer) else ()
 
-    wrapper.container_function = func
-    return wrapper
+            def taken():
+                return (*(x.take() for x in held), *args[len(held):])
+
+            if "_inside_attn_wrapper" not in kwargs:
+                kwargs["_inside_attn_wrapper"] = True
+                override = (kwargs.get("transformer_options") or {}).get("optimized_attention_override")
+                if override is not None:
+                    if held and hasattr(override, "container_function"):
+                        return override.container_function(*args, **kwargs)
+                    return override(func, *taken(), **kwargs)
+                if preferred is not None and preferred.function is not None:
+                    return preferred.function(*args, **kwargs)
+            if held and wrapper.container_function is not None:
+                return wrapper.container_function(*args, **kwargs)
+            return func(*taken(), **kwargs)
+
+        if contract != "0.3.64":
+            wrapper.container_function = None
+        return wrapper
+
+    return wrap_attn
 
 
-@wrap_attn
 def attention_pytorch(q, k, v, heads, mask=None, attn_precision=None, skip_reshape=False,
                       skip_output_reshape=False, **kwargs):
     def split(x, count):
@@ -70,7 +84,7 @@ NAMES = ("comfy", "comfy.ldm", "comfy.ldm.modules", "comfy.ldm.modules.attention
          "comfy.model_base", "comfy.sampler_helpers", "fake_consumer")
 
 
-def build() -> dict[str, ModuleType]:
+def build(contract="0.33.0") -> dict[str, ModuleType]:
     """Fresh modules by name, not yet in sys.modules."""
     modules = {name: ModuleType(name) for name in NAMES}
     for name, module in modules.items():
@@ -79,19 +93,23 @@ def build() -> dict[str, ModuleType]:
             setattr(modules[parent], child, module)
 
     attention = modules["comfy.ldm.modules.attention"]
-    attention.AttentionTensorContainer = AttentionTensorContainer
-    attention.wrap_attn = wrap_attn
-    attention.optimized_attention = attention.optimized_attention_masked = attention_pytorch
+    if contract != "0.3.64":
+        attention.AttentionTensorContainer = AttentionTensorContainer
+    attention.wrap_attn = make_wrap_attn(contract)
+    attention.optimized_attention = attention.optimized_attention_masked = attention.wrap_attn(attention_pytorch)
+    attention.REGISTERED_ATTENTION_FUNCTIONS = registered = {"pytorch": attention.optimized_attention}
+    attention.register_attention_function = registered.setdefault
 
     class CFGGuider:
-        def __init__(self, model):
+        def __init__(self, model, model_options=None):
             self.model = model
+            self.model_options = {"transformer_options": {}} if model_options is None else model_options
 
         def outer_sample(self, noise, latent_image, sampler, sigmas, denoise_mask=None, callback=None,
                          disable_pbar=False, seed=None):
             x = noise
             for step, sigma in enumerate(sigmas[:-1]):
-                options = {"sigmas": sigma.reshape(1)}
+                options = {**self.model_options["transformer_options"], "sigmas": sigma.reshape(1)}
                 x = sampler(self.model, x, sigma.reshape(1), options)
                 if callback is not None:
                     callback(step)
@@ -133,8 +151,8 @@ class Diffusion:
 class Host:
     """The installed stand-in, with shortcuts for tests."""
 
-    def __init__(self):
-        self.modules = build()
+    def __init__(self, contract="0.33.0"):
+        self.modules = build(contract)
         self.attention = self.modules["comfy.ldm.modules.attention"]
         self.samplers = self.modules["comfy.samplers"]
         self.model_base = self.modules["comfy.model_base"]
@@ -151,7 +169,7 @@ class Host:
             if module is not None:
                 sys.modules[name] = module
 
-    def sample(self, body, latent=(1, 4, 32, 32), sigmas=(1.0, 0.0), **kwargs):
+    def sample(self, body, latent=(1, 4, 32, 32), sigmas=(1.0, 0.0), model_options=None, **kwargs):
         """Run `body(options)` once a step inside a sampling run; the results of all steps."""
         results = []
 
@@ -159,6 +177,6 @@ class Host:
             results.append(model.apply_model(x, sigma, transformer_options=options))
             return x
 
-        guider = self.samplers.CFGGuider(self.model_base.Flux(Diffusion(body)))
+        guider = self.samplers.CFGGuider(self.model_base.Flux(Diffusion(body)), model_options)
         guider.outer_sample(torch.zeros(latent), None, sampler, torch.tensor(sigmas), **kwargs)
         return results

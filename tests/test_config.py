@@ -306,3 +306,18 @@ def test_rules_on_kind_and_mask():
     assert kinds(AttentionCall(x, y, y, 1.0, row_mask=torch.zeros(1, 1, 20, 7))) == {"cross", "row"}
     with pytest.raises(ValueError, match="is not one of none, key, row"):
         parse_conditions({"mask": "rows"})
+
+
+def test_respect_of_a_rule(configure):
+    configure('[[rules]]\nwhen = { model = "wan*" }\nrespect = "rule"\n[[rules]]\nbackend = "sdpa"\n')
+    assert [rule.respect for rule in load().rules] == ["rule", None]
+    assert 'respect = "rule"' in configuration.as_toml(load())
+    configure('[[rules]]\nrespect = "rules"\n')
+    with pytest.raises(ConfigError, match=r':2:1: rules\[0\]\.respect: "rules" is not one of override, rule\. Did you mean "rule"'):
+        load()
+
+
+@pytest.mark.parametrize("value", ["true", "false", '"free_memory"'])
+def test_memory_reserve(configure, value):
+    configure(f"[taylor_patch]\nmemory_reserve = {value}\n")
+    assert str(load().settings.memory_reserve).lower() == value.strip('"')

@@ -92,7 +92,8 @@ def run(comfy, **kwargs):
                         sigmas=(3.0, 2.0, 1.0, 0.0), **kwargs)
 
 
-def test_the_run_has_the_error_and_the_file_every_step(comfy, configure, tmp_path):
+def test_the_run_has_the_error_and_the_file_every_step(comfy, configure, tmp_path, monkeypatch):
+    monkeypatch.setattr(guard, "EVERY_CALLS", 8)
     configure(SPARSE.replace("[backends", f'log_file = "{tmp_path}/log.jsonl"\n[backends'))
     run(comfy)
     assert "10 calls sampled" in last().quality and last().milliseconds["near_far"] > 0

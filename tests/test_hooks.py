@@ -85,7 +85,7 @@ def test_missing_attention_is_reported_not_raised(capsys):
     del host.attention.optimized_attention
     try:
         taylor_patch.install()
-        assert "AttributeError" in taylor_patch.status()["hooks"]["comfy.ldm.modules.attention"]
+        assert "UnknownContract" in taylor_patch.status()["hooks"]["comfy.ldm.modules.attention"]
         assert "is not patched" in capsys.readouterr().err
     finally:
         taylor_patch.uninstall()
@@ -288,7 +288,6 @@ FAILURES = {
     "shape": (lambda call: call.q[:, :, :-1], "returned [1, 2, 263, 16]"),
     "dtype": (lambda call: call.q.double(), "returned [1, 2, 264, 16] torch.float64"),
     "none": (lambda call: None, "returned NoneType"),
-    "oom": (failing(torch.OutOfMemoryError("CUDA out of memory")), "out of memory"),
 }
 
 
@@ -418,7 +417,7 @@ def test_a_choice_for_exact_is_remembered_in_the_run_only(comfy, configure, monk
     q, k, v = qkv()
     asked = []
     choose = engines.Engine.choose
-    monkeypatch.setattr(engines.Engine, "choose", lambda self, call, run: asked.append(call) or choose(self, call, run))
+    monkeypatch.setattr(engines.Engine, "choose", lambda self, *rest: asked.append(rest) or choose(self, *rest))
     mask = torch.zeros(TOKENS + TEXT, TOKENS + TEXT)
 
     def body(o):
@@ -451,3 +450,46 @@ def test_compiled_equals_eager(comfy, configure, state):
     assert len(outs) == 2 and all(torch.equal(a, b) for a, b in zip(outs, eager, strict=True))
     outside = compiled(q, k, v, {})
     assert torch.equal(outside, comfy.original(q * 1.5, k, v, HEADS) + 1)
+
+
+UNKNOWN = {
+    "order": ("comfy.ldm.modules.attention", lambda m: setattr(m, "optimized_attention", lambda q, v, k, heads, **kwargs: None)),
+    "fewer": ("comfy.ldm.modules.attention", lambda m: setattr(m, "optimized_attention_masked", lambda q, k, v, heads, **kwargs: None)),
+    "containers": ("comfy.ldm.modules.attention", lambda m: setattr(m, "AttentionTensorContainer", type("Other", (), {"get": None}))),
+    "sampler": ("comfy.samplers", lambda m: setattr(m.CFGGuider, "outer_sample", lambda self, plan: plan.run())),
+    "model": ("comfy.model_base", lambda m: setattr(m.BaseModel, "apply_model", lambda self, request: self.diffusion_model(request))),
+    "estimate": ("comfy.sampler_helpers", lambda m: setattr(m, "estimate_memory", lambda noise_shape, model: (1, 1))),
+}
+
+
+@pytest.mark.parametrize("kind", UNKNOWN)
+def test_an_unknown_contract_is_one_line(capsys, kind):
+    """The function stays ComfyUI's own, whatever it is called with."""
+    import fake_comfy
+
+    target, change = UNKNOWN[kind]
+    host = fake_comfy.Host()
+    change(host.modules[target])
+    functions = {name: getattr(host.attention, name) for name in ("optimized_attention", "optimized_attention_masked")}
+    try:
+        taylor_patch.install()
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"taylor_patch: {target} is not patched (UnknownContract") and "not known to taylor_patch" in line
+        for name, function in functions.items():
+            assert (getattr(host.attention, name) is function) == (target == "comfy.ldm.modules.attention")
+    finally:
+        taylor_patch.uninstall()
+        host.remove()
+
+
+def test_another_plugins_wrapper_is_no_unknown_contract(capsys):
+    import fake_comfy
+
+    host = fake_comfy.Host()
+    host.attention.optimized_attention = lambda *args, **kwargs: host.original(*args, **kwargs)
+    try:
+        taylor_patch.install()
+        assert taylor_patch.status()["hooks"]["comfy.ldm.modules.attention"] == "ok" and capsys.readouterr().err == ""
+    finally:
+        taylor_patch.uninstall()
+        host.remove()

@@ -101,6 +101,9 @@ class Backend:
     def run_finished(self) -> None:
         """Called after each sampling run: forget what holds for one run only."""
 
+    def release(self) -> None:
+        """Let go of device memory that is kept between calls, tables for example; asked for when the device has run out of it."""
+
     def run(self, call: AttentionCall) -> Tensor:
         """Attention of `call` as [B, H, N_q, D] in q's dtype. Raises Fallback instead of returning a bad result."""
         raise NotImplementedError(f"{self.name} does not compute")

@@ -15,7 +15,8 @@ from taylor_patch.backends import taylor_auto_tune as auto_tune
 from taylor_patch.backends.base import Backend, Fallback
 from taylor_patch.call import AttentionCall
 from taylor_patch.features import coefficients as series
-from taylor_patch.features.symmetric import feature_count
+from taylor_patch.features.symmetric import feature_count, tables
+from taylor_patch.features.tiles import pair_table
 
 log = logging.getLogger("taylor_patch")
 
@@ -185,6 +186,11 @@ class TaylorBackend(Backend):
             if self.options.log_fallbacks:
                 log.debug("taylor_patch: %s: exact attention instead: %s", self.name, reason)
             raise
+
+    def release(self) -> None:
+        """See Backend.release: the feature tables, which all global Taylor backends share."""
+        tables.clear()
+        pair_table.cache_clear()
 
     def effective(self, call: AttentionCall) -> AttentionCall:
         """See Backend.effective: q and k after the normalisation options, the scale with scale_mul."""

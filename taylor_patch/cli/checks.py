@@ -92,7 +92,8 @@ def _comfyui(folder: Path) -> list[Finding]:
                      ("problem", "start-up did not register the hooks: the start-up files did not run in this interpreter"))
     found += [("ok", f"{target} is patched") if state == "ok" else ("problem", f"{target} is not patched: {state}")
               for target, state in seen["hooks"].items()]
-    found += [("problem", f"{name} belongs to {owner}") for name, owner in seen["others"].items()]
+    found += [("ok" if "taylor_patch" in sentence else "problem", f"others patched this too, outermost first: {sentence}")
+              for sentence in seen["others"]]
     return found
 
 

@@ -8,7 +8,7 @@ import sys
 
 
 def main() -> None:
-    """Run in ComfyUI's folder. The last line printed is {"at_start", "hooks", "patched", "others"}."""
+    """Run in ComfyUI's folder. The last line printed is {"at_start", "hooks", "patched", "others"}; others are sentences."""
     sys.path.insert(0, "")
     from taylor_patch import startup
 
@@ -23,12 +23,10 @@ def main() -> None:
         if target == "server":  # it imports all of ComfyUI, for a page that nothing depends on
             continue
         importlib.import_module(target)
-    from taylor_patch.hooks.attention import NAMES, patched
+    from taylor_patch.hooks.attention import patched
+    from taylor_patch.hooks.chain import strangers
 
-    module = sys.modules["comfy.ldm.modules.attention"]
-    others = {name: f"{function.__module__}.{function.__qualname__}" for name in NAMES if name not in patched()
-              for function in [getattr(module, name, None)] if function is not None}
-    print(json.dumps({"at_start": at_start, "hooks": startup.fired, "patched": patched(), "others": others}))
+    print(json.dumps({"at_start": at_start, "hooks": startup.fired, "patched": patched(), "others": strangers()}))
 
 
 main()

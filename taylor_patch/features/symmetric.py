@@ -11,9 +11,12 @@ import math
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
+
+from taylor_patch import long_lived
 
 
 def feature_count(dim: int, terms: int) -> int:
@@ -67,10 +70,12 @@ class TableCache:
             if key in self._tables:
                 self._tables.move_to_end(key)
                 return self._tables[key]
-        indices = unrank(torch.arange(first, last, device=device), dim, degree)
-        table = indices, inverse_multiplicity(indices)
-        size = self._size(table)
-        if size <= self.limit_nbytes // 4:
+        size = (last - first) * (degree + 1) * 8
+        kept = size <= self.limit_nbytes // 4
+        with long_lived.allocation() if kept else nullcontext():
+            indices = unrank(torch.arange(first, last, device=device), dim, degree)
+            table = indices, inverse_multiplicity(indices)
+        if kept:
             with self._lock:
                 if key not in self._tables:
                     self._tables[key] = table
@@ -78,6 +83,12 @@ class TableCache:
                 while self.nbytes > self.limit_nbytes:
                     self.nbytes -= self._size(self._tables.popitem(last=False)[1])
         return table
+
+    def clear(self) -> None:
+        """Drop every table."""
+        with self._lock:
+            self._tables.clear()
+            self.nbytes = 0
 
     @staticmethod
     def _size(table: tuple[Tensor, Tensor]) -> int:

@@ -21,6 +21,7 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
+from taylor_patch import long_lived
 from taylor_patch.features.symmetric import multiset_count
 
 TILE = 8
@@ -83,7 +84,8 @@ def pair_table(dim: int, degree: int, device: torch.device) -> Tensor:
     if shape.blocks >= 2**31:
         raise OverflowError(f"degree {degree} over {dim} coordinates has {shape.blocks} blocks of features")
     rows = [(a, b, start) for (a, b), start in zip(shape.pairs, shape.offsets, strict=False)]
-    return torch.tensor(rows, dtype=torch.int32, device=device)
+    with long_lived.allocation():
+        return torch.tensor(rows, dtype=torch.int32, device=device)
 
 
 def padded_feature_count(dim: int, terms: int) -> int:

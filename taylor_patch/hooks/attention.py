@@ -21,27 +21,34 @@ from taylor_patch import grid
 from taylor_patch.call import AttentionCall, Unsupported, from_comfyui, merge_heads
 from taylor_patch.engine import Engine, engine
 from taylor_patch.errors import said
-from taylor_patch.run import Evaluation, SamplingRun, current_evaluation, current_run
+from taylor_patch.hooks.contract import INSIDE, PARAMETERS, SLOT, check_attention
+from taylor_patch.run import DeviceState, Evaluation, SamplingRun, Tally, current_evaluation, current_run
 
 log = logging.getLogger("taylor_patch")
 
 NAMES = ("optimized_attention", "optimized_attention_masked")
-PARAMETERS = ("q", "k", "v", "heads", "mask", "attn_precision", "skip_reshape", "skip_output_reshape")
-ARGUMENTS = frozenset({*PARAMETERS, "transformer_options", "scale", "enable_gqa"})
+ARGUMENTS = frozenset({*PARAMETERS, "transformer_options", "scale", "enable_gqa", INSIDE})
 WISHES = frozenset({"low_precision_attention", "preferred_attention"})
+OVERRIDE = "a node's attention override"
+PREFERRED = "the checkpoint's preferred attention"
+
+OURS = "__taylor_patch_override__"
+"""Marks our function in SLOT (override.py)."""
+PREVIOUS = "taylor_patch_previous_override"
+"""Key of transformer_options: the override that ours was put on top of."""
 
 _originals: dict[str, Callable[..., Any]] = {}
 _module: ModuleType | None = None
 
 
 def install(module: ModuleType) -> None:
-    """Replace both names in `module` and in every module that imported them already. Raises AttributeError where they are missing."""
+    """Replace both names in `module` and in every module that imported them already. Raises UnknownContract where they are missing or
+    take other arguments than those known here."""
     global _module
     if _module is module and _originals:
         return
+    check_attention(module)
     originals = {name: getattr(module, name) for name in NAMES if hasattr(module, name)}
-    if "optimized_attention" not in originals:
-        raise AttributeError("comfy.ldm.modules.attention has no optimized_attention; this ComfyUI is not known to taylor_patch")
     made: dict[int, Callable[..., Any]] = {}
     for name, original in originals.items():
         replacement = made.setdefault(id(original), replace(original))
@@ -49,6 +56,9 @@ def install(module: ModuleType) -> None:
         _rebind(name, original, replacement)
         setattr(module, name, replacement)
     _module = module
+    from taylor_patch.hooks import registry  # which answers by the functions below
+
+    registry.install(module, originals["optimized_attention"])
     log.info("taylor_patch: on: %s. TAYLOR_PATCH=0 turns it off.", engine().describe())
 
 
@@ -59,6 +69,9 @@ def uninstall() -> None:
         for name, original in _originals.items():
             _rebind(name, getattr(_module, name), original)
             setattr(_module, name, original)
+        from taylor_patch.hooks import registry
+
+        registry.uninstall()
     _originals.clear()
     _module = None
 
@@ -66,6 +79,11 @@ def uninstall() -> None:
 def patched() -> tuple[str, ...]:
     """Names in place now."""
     return tuple(name for name in _originals if hasattr(getattr(_module, name, None), "__taylor_patch_original__"))
+
+
+def original_function() -> Callable[..., Any]:
+    """ComfyUI's optimized_attention as it was."""
+    return _originals.get("optimized_attention") or sys.modules["comfy.ldm.modules.attention"].optimized_attention  # type: ignore[no-any-return]
 
 
 def _rebind(name: str, old: object, new: object) -> None:
@@ -80,7 +98,7 @@ def replace(original: Callable[..., Any]) -> Callable[..., Any]:
 
     def optimized_attention(*args: Any, **kwargs: Any) -> Any:
         # Cheapest first. Nested calls and calls outside sampling (text encoders, VAE, upscalers) are not ours.
-        if "_inside_attn_wrapper" in kwargs:
+        if INSIDE in kwargs:
             return original(*args, **kwargs)
         options = kwargs.get("transformer_options")
         if options is None or "sigmas" not in options:
@@ -97,92 +115,172 @@ def replace(original: Callable[..., Any]) -> Callable[..., Any]:
 
 @torch.compiler.disable
 def _answer_outside_graph(args: tuple[Any, ...], kwargs: dict[str, Any], original: Callable[..., Any]) -> Tensor | None:
-    """Decisions depend on step and block, so a traced graph must not hold them as constants: one graph break."""
+    """Decisions depend on step and block, so a traced graph must not hold them as constants: one graph break. By our override it
+    would be more, so the call does not go there."""
+    options = kwargs["transformer_options"]
+    if hasattr(options.get(SLOT), OURS):
+        kwargs["transformer_options"] = without_ours(options)
     return answer(args, kwargs, original)
 
 
-def answer(args: tuple[Any, ...], kwargs: dict[str, Any], original: Callable[..., Any]) -> Tensor | None:
+def answer(args: tuple[Any, ...], kwargs: dict[str, Any], original: Callable[..., Any] | None = None, override: bool | None = None,
+           backend: str | None = None) -> Tensor | None:
     """A backend's result for a sampling call, in the layout that was asked for; None, with the reason counted, where the original
-    function has to answer."""
+    function has to answer, with `kwargs` as they then are.
+
+    override: a node's override would answer the call; None: look whether there is one. backend: the one to take, whatever the router says.
+    original: ComfyUI's function, to be timed where its time is wanted.
+    """
     evaluation = current_evaluation()
     run = current_run() if evaluation is None else evaluation.run
     if run is None:
         return None
+    tally = run.tally if evaluation is None else evaluation.tally
+    if override is None and SLOT in kwargs["transformer_options"]:
+        return _beside_override(evaluation, tally, args, kwargs)
     if evaluation is not None:
         evaluation.calls += 1
     current = engine()
     router = current.router
-    if router.off:
-        run.exact(router.off)
+    if router.off and (backend is None or not router.config.settings.enabled):
+        tally.exact(router.off)
         return None
     try:
         q = args[0] if args else kwargs["q"]
         if type(q) is not Tensor and hasattr(q, "peek"):
             q = q.peek()
-        shape, skip = q.shape, args[6] if len(args) > 6 else kwargs.get("skip_reshape", False)
-        least, too_few = router.least_tokens(q.device)
-        if shape[2 if skip else 1] < least:
-            run.exact(too_few)
+        shape, device, skip = q.shape, q.device, args[6] if len(args) > 6 else kwargs.get("skip_reshape", False)
+        here = run.devices.get(device)
+        if here is None:
+            here = run.devices[device] = DeviceState(*router.least_tokens(device))
+        if shape[2 if skip else 1] < here.least and backend is None:
+            tally.exact(here.too_few)
             return None
-        if reason := _demands_exact(kwargs, evaluation):
-            run.exact(reason)
+        respected, reason = OVERRIDE if override else None, None if evaluation is None else evaluation.exact
+        if not ARGUMENTS.issuperset(kwargs):
+            respected = respected or (PREFERRED if prefers(kwargs) else None)
+            reason = _demands_exact(kwargs) or reason
+        if respected and not router.may_overrule:
+            reason = respected
+        if reason:
+            tally.exact(reason)
             return None
         key = None
         # A choice for exact attention holds for the rest of the run, unless rules look at step and block.
-        if len(args) > 2 and type(args[1]) is Tensor and not router.has_rules:
+        if len(args) > 2 and type(args[1]) is Tensor and not router.has_rules and backend is None:
             mask, image = args[4] if len(args) > 4 else kwargs.get("mask"), kwargs["transformer_options"].get("img_slice")
             key = (shape, args[1].numel(), None if mask is None else mask.shape, None if image is None else tuple(image),
                    None if evaluation is None else evaluation.latent_shape)
-            if (known := run.known_exact.get(key)) is not None:
-                run.exact(known)
+            if (known := here.known_exact.get(key)) is not None:
+                tally.exact(known)
                 return None
-        return _handle(current, run, evaluation, key, original, *args, **kwargs)
+        return _handle(current, run, evaluation, tally, here, backend, respected, key, original, *args, **kwargs)
     except Unsupported as error:
-        run.exact(str(error))
+        tally.exact(str(error))
     except Exception as error:
         if type(error).__name__ == "InterruptProcessingException":
             raise
-        run.exact(f"error in taylor_patch ({said(error)})")
+        tally.exact(f"error in taylor_patch ({said(error)})")
     return None
 
 
-def _demands_exact(kwargs: dict[str, Any], evaluation: Evaluation | None) -> str | None:
-    """Why the caller or the user wants this call answered by ComfyUI, or None."""
-    if "optimized_attention_override" in kwargs["transformer_options"]:
-        return "a node's attention override"
-    if not ARGUMENTS.issuperset(kwargs):
-        if kwargs.get("low_precision_attention") is False:
-            return "the model asked for full precision"
-        if getattr(kwargs.get("preferred_attention"), "function", None) is not None:
-            return "the checkpoint's preferred attention"
-        if unknown := kwargs.keys() - ARGUMENTS - WISHES:
-            return f"unknown keyword {', '.join(sorted(unknown))}"
-    return None if evaluation is None else evaluation.exact
+def _beside_override(evaluation: Evaluation | None, tally: Tally, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """`answer` where transformer_options has an override, which may be ours."""
+    options = kwargs["transformer_options"]
+    if hasattr(options[SLOT], OURS):
+        if not prefers(kwargs):
+            tally.handed_on = None
+            return None  # the call comes back through our override
+        # ComfyUI lets an override win over the checkpoint's attention. Ours must not.
+        kwargs["transformer_options"] = options = without_ours(options)
+    elif not engine().router.may_overrule:
+        if evaluation is not None:
+            evaluation.calls += 1
+        tally.exact(OVERRIDE)
+        tally.handed_on = OVERRIDE
+        return None
+    return _counted_once(tally, args, kwargs, SLOT in options, None)
 
 
-def _handle(current: Engine, run: SamplingRun, evaluation: Evaluation | None, key: Any, original: Callable[..., Any],
-            q: Any, k: Any, v: Any, heads: int, mask: Tensor | None = None, attn_precision: Any = None, skip_reshape: bool = False,
-            skip_output_reshape: bool = False, *, transformer_options: dict[str, Any], scale: float | None = None,
-            enable_gqa: bool = False, **wishes: Any) -> Tensor | None:
-    """Choose and run a backend; from q on the arguments are ComfyUI's. key: what the run remembers a choice for exact attention by."""
+def _counted_once(tally: Tally, args: tuple[Any, ...], kwargs: dict[str, Any], override: bool, backend: str | None) -> Tensor | None:
+    """`answer`; where a node's override gets the call next, with a note of what it was counted as, should it come back."""
+    tally.handed_on, tally.noting = None, override
+    out = answer(args, kwargs, None, override, backend)
+    tally.noting = False
+    return out
+
+
+def answer_inside(args: tuple[Any, ...], kwargs: dict[str, Any], override: bool, backend: str | None = None) -> Tensor | None:
+    """`answer` for a call that ComfyUI has dispatched already: to our override, or to a backend that a node chose in its registry.
+
+    It may have been counted as a node's on its way here, and is counted once.
+    """
+    evaluation = current_evaluation()
+    run = current_run() if evaluation is None else evaluation.run
+    if run is None:
+        return None
+    tally = run.tally if evaluation is None else evaluation.tally
+    if tally.handed_on is not None:
+        tally.take_back()
+        if evaluation is not None:
+            evaluation.calls -= 1
+    return _counted_once(tally, args, kwargs, override, backend)
+
+
+def without_ours(options: dict[str, Any]) -> dict[str, Any]:
+    """Copy of transformer_options as it was before our override was put in: with the earlier override, if there was one."""
+    options = dict(options)
+    previous = options.pop(PREVIOUS, None)
+    if previous is None:
+        del options[SLOT]
+    else:
+        options[SLOT] = previous
+    return options
+
+
+def prefers(kwargs: dict[str, Any]) -> bool:
+    """Whether the checkpoint brings an attention function. Newer versions of ComfyUI always pass the keyword, mostly without one."""
+    return getattr(kwargs.get("preferred_attention"), "function", None) is not None
+
+
+def _demands_exact(kwargs: dict[str, Any]) -> str | None:
+    """Why a call with keywords that are not plain arguments has to be exact whatever the rules say, or None."""
+    if kwargs.get("low_precision_attention") is False:
+        return "the model asked for full precision"
+    unknown = kwargs.keys() - ARGUMENTS - WISHES
+    return f"unknown keyword {', '.join(sorted(unknown))}" if unknown else None
+
+
+def _handle(current: Engine, run: SamplingRun, evaluation: Evaluation | None, tally: Tally, here: DeviceState, backend: str | None,
+            respected: str | None, key: Any, original: Callable[..., Any] | None, q: Any, k: Any, v: Any, heads: int,
+            mask: Tensor | None = None, attn_precision: Any = None, skip_reshape: bool = False, skip_output_reshape: bool = False, *,
+            transformer_options: dict[str, Any], scale: float | None = None, enable_gqa: bool = False, **wishes: Any) -> Tensor | None:
+    """Choose and run a backend; from q on the arguments are ComfyUI's.
+
+    respected: whose wish holds unless a rule overrules it. key: what the choice for exact attention is remembered by.
+    """
     containers = [x for x in (q, k, v) if type(x) is not Tensor and hasattr(x, "peek")]
     if containers:
         q, k, v = (x.peek() if hasattr(x, "peek") else x for x in (q, k, v))
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        run.exact("gradients are wanted")
+        tally.exact("gradients are wanted")
         return None
     call = from_comfyui(q, k, v, heads, mask=mask, skip_reshape=skip_reshape, scale=scale, enable_gqa=enable_gqa)
     call = _placed(call, evaluation, transformer_options, current.router.target_error)
-    choice = current.choose(call, run)
+    if respected is not None and not current.router.overrules(call):
+        tally.exact(respected)
+        return None
+    choice = current.choose(call, run, backend)
     if choice.backend is None:
         reason = "; ".join(choice.reasons)
         if key is not None:
-            run.known_exact[key] = reason
-        run.exact(reason)
+            here.known_exact[key] = reason
+        tally.exact(reason)
         return None
-    exact = functools.partial(original, q, k, v, heads, mask=mask, attn_precision=attn_precision, skip_reshape=skip_reshape,
-                              skip_output_reshape=skip_output_reshape, transformer_options=transformer_options, **wishes,
-                              **({} if scale is None else {"scale": scale}), **({"enable_gqa": True} if enable_gqa else {}))
+    given = ({} if scale is None else {"scale": scale}) | ({"enable_gqa": True} if enable_gqa else {}) | wishes
+    exact = None if original is None else functools.partial(
+        original, q, k, v, heads, mask=mask, attn_precision=attn_precision, skip_reshape=skip_reshape, skip_output_reshape=skip_output_reshape,
+        transformer_options=transformer_options, **given)
     out = current.attempt(choice.backend, call, run, evaluation, exact)
     if out is None:
         return None

@@ -8,19 +8,22 @@ from typing import Any
 
 import wrapt
 
+from taylor_patch.hooks.contract import check_leading
+
 
 class ColdPatch:
-    """One wrapped attribute, for example "CFGGuider.outer_sample"."""
+    """One wrapped attribute, for example "CFGGuider.outer_sample", and the names of its first parameters."""
 
-    def __init__(self, path: str) -> None:
-        self.path = path
+    def __init__(self, path: str, leading: tuple[str, ...] = ()) -> None:
+        self.path, self.leading = path, leading
         self._undo: tuple[Any, str, Any] | None = None
 
     def install(self, module: ModuleType, wrapper: Callable[..., Any]) -> None:
-        """Wrap the attribute once. Raises AttributeError where the module has none."""
+        """Wrap the attribute once. Raises AttributeError where the module has none or it takes other arguments (UnknownContract)."""
         if self._undo is not None:
             return
         parent, attribute, original = wrapt.resolve_path(module, self.path)
+        check_leading(self.path, original, self.leading)
         wrapt.wrap_function_wrapper(module, self.path, wrapper)
         self._undo = (parent, attribute, original)
 

@@ -20,7 +20,7 @@ log = logging.getLogger("taylor_patch")
 REPEATS = 2
 """How often an evaluation is computed again without the blocks that were too far off, before all of it is exact."""
 
-_patch = ColdPatch("BaseModel.apply_model")
+_patch = ColdPatch("BaseModel.apply_model", ("self", "x", "t"))
 
 
 def install(module: ModuleType) -> None:
@@ -60,7 +60,6 @@ def _evaluate(current: Evaluation, wrapped: Callable[..., Any], args: tuple[Any,
     Such backends and blocks are exact from then on.
     """
     run, started = current.run, time.monotonic()
-    calls, fallbacks = run.calls.copy(), run.fallbacks.copy()
     with evaluation(current):
         out = wrapped(*args, **kwargs)
     try:
@@ -78,9 +77,9 @@ def _evaluate(current: Evaluation, wrapped: Callable[..., Any], args: tuple[Any,
     run.too_far.update(found.too_far)
     try:
         engine().judge(run, found)
-        calls, fallbacks = run.calls - calls, run.fallbacks - fallbacks
+        tally = current.tally
         engine().record(run, StepRecord(current.family, current.step, current.sigma, time.monotonic() - started,
-                                        with_exact(calls, fallbacks), dict(fallbacks), current.max_head_dim, found.blocks,
+                                        with_exact(tally.calls, tally.fallbacks), dict(tally.fallbacks), current.max_head_dim, found.blocks,
                                         repeated))
     except Exception as error:
         log.warning("taylor_patch: the step's record failed (%s)", said(error))

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 from taylor_patch.engine import engine
+from taylor_patch.hooks import chain
 from taylor_patch.hooks.cold import ColdPatch
+from taylor_patch.hooks.memory import free_before_run
+from taylor_patch.hooks.override import in_place
 
-_patch = ColdPatch("CFGGuider.outer_sample")
+log = logging.getLogger("taylor_patch")
+
+_patch = ColdPatch("CFGGuider.outer_sample", ("self", "noise", "latent_image", "sampler", "sigmas"))
 
 
 def install(module: ModuleType) -> None:
@@ -23,7 +29,13 @@ def uninstall() -> None:
 
 
 def _outer_sample(wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    with engine().run(_schedule(args, kwargs)):
+    try:
+        chain.report()
+    except Exception as error:
+        log.debug("taylor_patch: who else patched is not known (%s: %s)", type(error).__name__, error)
+    with engine().run(_schedule(args, kwargs)), in_place(getattr(instance, "model_options", None)):
+        noise = kwargs.get("noise", args[0] if args else None)
+        free_before_run(getattr(instance, "model_patcher", None), getattr(noise, "shape", ()))
         return wrapped(*args, **kwargs)
 
 

@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from taylor_patch import long_lived
 from taylor_patch.backends.base import Backend
 from taylor_patch.backends.near_far import aim, plan, reference
 from taylor_patch.call import AttentionCall
@@ -99,7 +100,8 @@ class NearFar(Backend):
         known = None if key is None else self._memory.get(key)
         out, settled = attend_aimed(call, known)
         if known is None and key is not None and settled is not None:
-            self._memory.put(key, settled)
+            with long_lived.allocation():
+                self._memory.put(key, aim.Settled(settled.setting.clone(), settled.always.clone()))
         return out
 
     @staticmethod
@@ -118,6 +120,10 @@ class NearFar(Backend):
         """See Backend.too_slow."""
         density = observed.get("density", 0.0)
         return f"the error asked for needs {density:.0%} exact blocks, which is no faster" if density > plan.LARGEST_DENSITY else None
+
+    def release(self) -> None:
+        """See Backend.release."""
+        self._memory.clear()
 
     def run_finished(self) -> None:
         """See Backend.run_finished."""
