@@ -64,7 +64,7 @@ def a_run(settings: dict[str, Any], n: int, qkv: list[Tensor], steps: int = STEP
             apply_model(evaluate, model, (x, sigma.reshape(1)), {})
         torch.cuda.synchronize()
         spent = (time.perf_counter() - start) * 1000
-        assert not run.fallbacks, run.fallbacks
+        assert not run.tally.fallbacks, run.tally.fallbacks
     last = engines.engine().last_run
     assert last is not None
     return spent, last.milliseconds["near_far"], len(caught)
