@@ -70,7 +70,7 @@ class Failing(Backend):
 
 
 def test_one_that_fails_or_refuses_is_a_note():
-    call = measure.smooth_call(1, 16, TokenGrid(1, 8, 8), CPU, torch.float32, 0.05)
+    call = measure.shaped_call(1, 16, TokenGrid(1, 8, 8), CPU, torch.float32, 0.05)
     rows = {row.backend: row for row in measure.compare([Failing(), NearFar(), Sdpa()], call, 0, with_errors=False)}
     assert rows["failing"].note == "RuntimeError: kernel broke" and rows["failing"].ratio is None
     assert "fewer tokens than min_tokens" in rows["near_far"].note

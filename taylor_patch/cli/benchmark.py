@@ -61,7 +61,7 @@ def bench(model: str, size: tuple[int, int] | None, frames: int | None, names: t
         click.echo(f'Kept in {file}; backend = "auto" uses it from the next start.', err=True)
         return
     grid = shapes.grid(family, size or family.default_size, frames or family.default_frames)
-    rows = measure.compare(backends, measure.smooth_call(family.heads, family.head_dim, grid, device, dtype, target), seconds)
+    rows = measure.compare(backends, measure.shaped_call(family.heads, family.head_dim, grid, device, dtype, target), seconds)
     if as_json:
         click.echo(json.dumps({"model": model, "tokens": grid.tokens + grid.start, "device": calibration.device_name(device),
                                "rows": [dataclasses.asdict(row) for row in rows]}, indent=2))
