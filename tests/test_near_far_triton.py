@@ -308,9 +308,10 @@ def test_bfloat16_on_the_gpu(head_dim):
 
 @gpu
 @needs_gpu
-def test_memory_is_as_stated_and_the_host_never_waits():
+@pytest.mark.parametrize("density", [0.1, "auto"])
+def test_memory_is_as_stated_and_the_host_never_waits(density):
     call = make_call(1, 8, 8, 0, (1, 128, 128), 0, 128, torch.bfloat16, False)
-    backend = NearFar(NearFarOptions(density=0.1))
+    backend = NearFar(NearFarOptions(density=density))
     backend.run(call)  # compiles
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
