@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from taylor_patch.call import AttentionCall
+from taylor_patch.families import Layout, layout
 from taylor_patch.grid import patch_sizes
 from taylor_patch.telemetry import Answer, StepRecord, quality_text
 
@@ -72,6 +73,7 @@ class Evaluation:
     answers: list[Answer] = field(default_factory=list)
     """The calls that backends answered, what was measured of them still on the device."""
     max_head_dim: int = 0
+    layout: Layout = field(default_factory=Layout)
 
     def block_index(self, options: Mapping[str, Any]) -> int:
         """Index of the running call's transformer block over the whole model; the number of the call where the model does not say."""
@@ -187,9 +189,10 @@ def family_of(model: Any) -> str:
 
 def describe(run: SamplingRun, model: Any, latent_shape: Sequence[int] | None, sigma: float | None, has_reference: bool = False) -> Evaluation:
     """The Evaluation of one call of the diffusion model. model: ComfyUI's BaseModel or anything with a `diffusion_model`."""
-    diffusion_model = getattr(model, "diffusion_model", None)
+    diffusion_model, family = getattr(model, "diffusion_model", None), family_of(model)
     return Evaluation(run, None if latent_shape is None else tuple(latent_shape), sigma, None if sigma is None else run.step_of(sigma),
-                      family_of(model), patch_sizes(diffusion_model), has_reference, len(getattr(diffusion_model, "double_blocks", ())))
+                      family, patch_sizes(diffusion_model), has_reference, len(getattr(diffusion_model, "double_blocks", ())),
+                      layout=layout(family, diffusion_model))
 
 
 @contextmanager

@@ -16,6 +16,9 @@ from taylor_patch.telemetry import StepRecord, read
 
 log = logging.getLogger("taylor_patch")
 
+REFERENCES = ("ref_latents", "ref_latent", "image_cond")
+"""Arguments of apply_model that put more image tokens into the sequence."""
+
 _patch = ColdPatch("BaseModel.apply_model")
 
 
@@ -76,7 +79,9 @@ def _describe(run: SamplingRun, model: Any, args: tuple[Any, ...], kwargs: dict[
     try:
         x = kwargs.get("x", args[0] if args else None)
         t = kwargs.get("t", args[1] if len(args) > 1 else None)
-        current = describe(run, model, getattr(x, "shape", None), _first(t), bool(kwargs.get("ref_latents")))
+        packed = kwargs.get("latent_shapes")  # pictures and sound in one tensor; the picture comes first
+        shape = packed[0] if packed else getattr(x, "shape", None)
+        current = describe(run, model, shape, _first(t), any(kwargs.get(name) is not None and len(kwargs[name]) for name in REFERENCES))
         if getattr(sys.modules.get("comfy.model_management"), "in_training", False):
             current.exact = "training"
         else:
