@@ -86,6 +86,14 @@ def wan_i2v():
         "concat_mask": torch.ones(1, 1, 5, 14, 12)})
 
 
+def wan_vace():
+    return wan("vace", "WAN21_Vace", vace_layers=1, vace_in_dim=96)
+
+
+def wan_animate():
+    return wan("animate", "WAN22_Animate", in_dim=36, motion_encoder_dim=64)
+
+
 def hunyuan_video():
     from comfy.ldm.hunyuan_video.model import HunyuanVideoParams
 
@@ -163,10 +171,9 @@ def minimax_h3():
         (1, 24, 5, 14, 12), sound=(1, 32, 2, 10))
 
 
-FAMILIES = {"flux": flux, "flux2": flux2, "chroma": chroma, "sd15": sd15, "sd3": sd3, "wan": wan, "wan_i2v": wan_i2v,
-            "hunyuan_video": hunyuan_video, "qwen_image": qwen_image, "lumina2": lumina2, "z_image": z_image, "ltxv": ltxv,
-            "cosmos_predict2": cosmos_predict2, "auraflow": auraflow, "hidream": hidream, "krea2": krea2, "kandinsky5": kandinsky5,
-            "minimax_h3": minimax_h3}
+FAMILIES = {make.__name__: make for make in (
+    flux, flux2, chroma, sd15, sd3, wan, wan_i2v, wan_vace, wan_animate, hunyuan_video, qwen_image, lumina2, z_image, ltxv, cosmos_predict2,
+    auraflow, hidream, krea2, kandinsky5, minimax_h3)}
 
 CONFIGS = {"flux2": "Flux2", "z_image": "ZImage", "krea2": "Krea2", "kandinsky5": "Kandinsky5", "minimax_h3": "MiniMaxH3"}
 """Families that ComfyUI 0.3.64 has not -> the class that tells."""
