@@ -56,6 +56,7 @@ CASES = {
     "flux: Heun": ({"sampler": "heun"}, 3, 9, {}),
     "flux: DPM2": ({"sampler": "dpm_2"}, 3, 9, {}),
     "flux: regional prompt": ({"positive": ("ConditioningSetArea", AREA)}, 4, 12, {}),
+    "sd15: ControlNet": ({"positive": ("TinyControlNet", BESIDE)}, 2, 14, {CROSS: 14}),
     "wan: context windows": ({"model": ("ContextWindowsManual", WINDOWS)}, 4, 8, {CROSS: 8}),
     "wan: Heun": ({"sampler": "heun"}, 3, 6, {CROSS: 6}),
 }

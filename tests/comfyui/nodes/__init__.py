@@ -6,6 +6,8 @@ import zlib
 import comfy.model_management
 import comfy.model_patcher
 import torch
+from comfy import controlnet
+from comfy.cldm.cldm import ControlNet
 
 from .families import FAMILIES, KNOWN
 
@@ -94,6 +96,29 @@ class TinyReference:
         return ([[text, {**extra, "reference_latents": [reference]}]],)
 
 
+class TinyControlNet:
+    """A ControlNet for the tiny SD 1.5, with a random picture for it to follow."""
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"conditioning": ("CONDITIONING",), "latent": ("LATENT",)}}
+
+    RETURN_TYPES = ("CONDITIONING",)
+    FUNCTION = "add"
+    CATEGORY = "_for_testing"
+
+    def add(self, conditioning, latent):
+        unet = {name: value for name, value in FAMILIES["sd15"]().unet.items() if name not in ("out_channels", "transformer_depth_output")}
+        network = ControlNet(**unet, hint_channels=3, num_heads=2)
+        with torch.no_grad():
+            fill(network)
+        control = controlnet.ControlNet(network, load_device=comfy.model_management.get_torch_device())
+        h, w = latent["samples"].shape[-2:]
+        control.set_cond_hint(torch.rand(1, 3, 8 * h, 8 * w, generator=torch.Generator().manual_seed(6)), 1.0)
+        text, extra = conditioning[0]
+        return ([[text, {**extra, "control": control, "control_apply_to_uncond": True}]],)
+
+
 class TinyPicture:
     """The first of latents that go together, for SaveLatent."""
 
@@ -110,4 +135,4 @@ class TinyPicture:
         return ({"samples": samples.unbind()[0] if getattr(samples, "is_nested", False) else samples},)
 
 
-NODE_CLASS_MAPPINGS = {kind.__name__: kind for kind in (TinyRandomModel, TinyConditioningMask, TinyReference, TinyPicture)}
+NODE_CLASS_MAPPINGS = {kind.__name__: kind for kind in (TinyRandomModel, TinyConditioningMask, TinyReference, TinyControlNet, TinyPicture)}
