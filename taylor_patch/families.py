@@ -28,16 +28,19 @@ class Family:
     """Calls that near_far leaves to exact attention, beside cross-attention."""
 
 
+REFERENCES = ("ref_latents", "ref_latent", "image_cond")
+"""Arguments of a model evaluation that put more image tokens into the sequence."""
+
 COUNTED = "calls are counted"
-REFERENCES = "runs with reference images"
+WITH_REFERENCES = "runs with reference images"
 REFINER = "text refiner"
 KEYED = "block_index, block_type"
 
 FAMILIES = (
     Family("Flux, LongCat-Image", ("Flux", "LongCatImage"), "before", "2x2", KEYED, "[B, N, N] with Redux's attention mask, else none",
-           f"{REFERENCES} (Kontext); masks that depend on the row"),
-    Family("Flux2", ("Flux2",), "before", "1x1", KEYED, "none", REFERENCES),
-    Family("Chroma, Chroma Radiance", ("Chroma", "ChromaRadiance"), "before", "2x2; 16x16 pixels", KEYED, "none", REFERENCES),
+           f"{WITH_REFERENCES} (Kontext); masks that depend on the row"),
+    Family("Flux2", ("Flux2",), "before", "1x1", KEYED, "none", WITH_REFERENCES),
+    Family("Chroma, Chroma Radiance", ("Chroma", "ChromaRadiance"), "before", "2x2; 16x16 pixels", KEYED, "none", WITH_REFERENCES),
     Family("SD3, SD3.5", ("SD3",), "before", "2x2", COUNTED, "none", "none; the image-only attention of SD3.5 medium has the image's grid"),
     Family("SDXL, SD 1.5, SD 2", ("SDXL", "SDXLRefiner", "SD15*", "SD2*"), "apart", "1, 2, 4, 8 by level",
            "calls are counted: block_index counts within a block", "none", "tokens merged or tiled by a node"),
@@ -45,15 +48,15 @@ FAMILIES = (
            "tokens of references beside the video's; attention to an image's features, which Wan asks to be exact"),
     Family("HunyuanVideo, HunyuanVideo 1.5, HunyuanImage 2.1", ("HunyuanVideo*", "HunyuanImage21*"), "before", "1x2x2; 1x1x1; 1x1",
            KEYED, "(1, 1, Nk), hides padding of the text", f"{REFINER}; runs with a reference latent"),
-    Family("Qwen-Image, Qwen-Image-Edit", ("QwenImage",), "before", "2x2", KEYED, "(B, 1, Nk), hides padding of the text", REFERENCES),
+    Family("Qwen-Image, Qwen-Image-Edit", ("QwenImage",), "before", "2x2", KEYED, "(B, 1, Nk), hides padding of the text", WITH_REFERENCES),
     Family("Lumina2, Z-Image", ("Lumina2", "ZImagePixelSpace"), "before", "2x2", KEYED, "none; 0.3.64: [B, Nk]",
-           f"{REFINER}; {REFERENCES}; masks of a batch in 0.3.64"),
+           f"{REFINER}; {WITH_REFERENCES}; masks of a batch in 0.3.64"),
     Family("LTX-Video, LTX-AV", ("LTXV", "LTXAV"), "apart", "1x1x1", COUNTED, "text: (1, 1, 1, Nk); guides: exact, as LTX asks",
            "audio; frames with dropped tokens"),
     Family("Cosmos-Predict2, Anima", ("CosmosPredict2", "Anima"), "apart", "1x2x2", "block_index", "none", "none"),
     Family("AuraFlow", ("AuraFlow",), "before", "2x2", COUNTED, "none", "none"),
     Family("HiDream-I1", ("HiDream",), "after", "2x2", COUNTED, "none", "runs with an image to edit (E1)"),
-    Family("Krea2", ("Krea2",), "before", "2x2", "block_index, img_slice", "none", f"text fusion; {REFERENCES}"),
+    Family("Krea2", ("Krea2",), "before", "2x2", "block_index, img_slice", "none", f"text fusion; {WITH_REFERENCES}"),
     Family("Kandinsky5", ("Kandinsky5", "Kandinsky5Image"), "apart", "1x2x2", KEYED, "none", "text blocks"),
     Family("MiniMax-H3", ("MiniMaxH3",), "before", "1x2x2", COUNTED, "none", REFINER),
 )

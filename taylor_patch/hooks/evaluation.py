@@ -10,14 +10,12 @@ from types import ModuleType
 from typing import Any
 
 from taylor_patch.engine import NOT_FINITE, engine
+from taylor_patch.families import REFERENCES
 from taylor_patch.hooks.cold import ColdPatch
 from taylor_patch.run import Evaluation, SamplingRun, current_run, describe, evaluation, with_exact
 from taylor_patch.telemetry import StepRecord, read
 
 log = logging.getLogger("taylor_patch")
-
-REFERENCES = ("ref_latents", "ref_latent", "image_cond")
-"""Arguments of apply_model that put more image tokens into the sequence."""
 
 _patch = ColdPatch("BaseModel.apply_model")
 
