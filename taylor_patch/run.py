@@ -66,6 +66,7 @@ class Evaluation:
     patches: tuple[tuple[int, int, int], ...]
     has_reference: bool = False
     double_blocks: int = 0
+    layout: Layout = field(default_factory=Layout)
     exact: str | None = None
     """Why all of this evaluation is exact, or None."""
     calls: int = 0
@@ -73,7 +74,6 @@ class Evaluation:
     answers: list[Answer] = field(default_factory=list)
     """The calls that backends answered, what was measured of them still on the device."""
     max_head_dim: int = 0
-    layout: Layout = field(default_factory=Layout)
 
     def block_index(self, options: Mapping[str, Any]) -> int:
         """Index of the running call's transformer block over the whole model; the number of the call where the model does not say."""
