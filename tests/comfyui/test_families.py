@@ -102,7 +102,9 @@ def off(servers, patched_python, cases):
         return all_latents(server, cases)
 
 
-ON = {"TAYLOR_PATCH": "near_far", "TAYLOR_PATCH_MIN_TOKENS": "64", "TAYLOR_PATCH_QUALITY_LIMIT": "0"}
+# A given density and no limit of error: with random weights near_far would leave blocks to exact attention, as it should.
+ON = {"TAYLOR_PATCH": "near_far", "TAYLOR_PATCH_MIN_TOKENS": "64", "TAYLOR_PATCH_QUALITY_LIMIT": "0",
+      "TAYLOR_PATCH_BACKENDS__NEAR_FAR__DENSITY": "0.25"}
 
 
 @pytest.fixture(scope="module")
