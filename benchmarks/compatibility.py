@@ -90,10 +90,11 @@ def families_table(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def gpu_table(rows: Sequence[Row]) -> Iterator[str]:
-    """Seconds per step inside ComfyUI on a GPU, one line per version, setting and model; several runs of a case: the last."""
+    """Seconds per step and the device's memory in use after one, one line per version, setting and model; several runs of a case: the
+    last."""
     variants = list(dict.fromkeys(row["variant"] for row in rows))
     found = {(row["comfyui"], row["setting"], row["model"], row["variant"]): row for row in rows}
-    yield f"| ComfyUI | setting | model | {' | '.join(f'{name}, s a step' for name in variants)} |"
+    yield f"| ComfyUI | setting | model | {' | '.join(variants)} |"
     yield "|---" * (len(variants) + 3) + "|"
     for version, setting, model in dict.fromkeys(key[:3] for key in found):
         values = [step(found.get((version, setting, model, name))) for name in variants]
@@ -101,12 +102,13 @@ def gpu_table(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def step(row: Row | None) -> str:
-    """Seconds of one step, or what went wrong."""
+    """Seconds of one step and memory, or what went wrong."""
     if row is None:
         return ""
     if "error" in row:
         return "failed: " + " ".join(row["error"].split())[:80].replace("|", "/")
-    return f"{row['step_seconds']:.3f}" + ("" if row["finite"] else " (not finite)")
+    used = "" if row["device_used_mib"] is None else f", {row['device_used_mib'] / 1024:.1f} GiB"
+    return f"{row['step_seconds']:.3f} s{used}" + ("" if row["finite"] else ", not finite")
 
 
 def made(families: Sequence[Row], gpu: Iterable[tuple[str, Sequence[Row]]]) -> str:
@@ -116,7 +118,8 @@ def made(families: Sequence[Row], gpu: Iterable[tuple[str, Sequence[Row]]]) -> s
         machines = dict.fromkeys(f"Python {row['python']}, torch {row['torch']}, {row['gpu'] or 'CPU'}" for row in families)
         lines += [f"`benchmarks/results/{KEPT.name}` ({'; '.join(machines)}):", "", *families_table(families)]
     for name, rows in gpu:
-        lines += ["", f"`benchmarks/results/{name}` ({rows[-1]['gpu']}, torch {rows[-1]['torch']}):", "", *gpu_table(rows)]
+        lines += ["", f"Seconds of a step and memory in use, models of true width with few blocks: `benchmarks/results/{name}` "
+                  f"({rows[-1]['gpu']}, torch {rows[-1]['torch']}):", "", *gpu_table(rows)]
     return "\n".join(lines)
 
 

@@ -41,9 +41,10 @@ def test_keep_replaces_a_version(tmp_path, monkeypatch):
 
 def test_gpu_table():
     common = {"comfyui": "1", "setting": "static", "model": "wan", "gpu": "G", "torch": "2"}
-    rows = [{**common, "variant": "off", "step_seconds": 1.25, "finite": True}, {**common, "variant": "on", "error": "out of\nmemory | x"}]
+    rows = [{**common, "variant": "off", "step_seconds": 1.25, "finite": True, "device_used_mib": 2048},
+            {**common, "variant": "on", "error": "out of\nmemory | x"}]
     table = list(compatibility.gpu_table(rows))
-    assert table[-1] == "| 1 | static | wan | 1.250 | failed: out of memory / x |"
+    assert table[-1] == "| 1 | static | wan | 1.250 s, 2.0 GiB | failed: out of memory / x |"
 
 
 def test_the_page_is_current():
