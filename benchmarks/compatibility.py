@@ -34,7 +34,8 @@ def outcomes(junit: Path) -> list[Row]:
         if "case" not in told:
             continue
         key = (str(told["comfyui"]), str(told["case"]))
-        row = rows.setdefault(key, {"comfyui": key[0], "case": key[1], "failed": [], "skipped": None})
+        row = rows.setdefault(key, {"comfyui": key[0], "case": key[1], "failed": [], "skipped": None,
+                                    **json.loads(told.get("versions") or "{}")})
         if test.find("failure") is not None or test.find("error") is not None:
             row["failed"].append(str(test.get("name")).partition("[")[0])
         if (skipped := test.find("skipped")) is not None:
@@ -54,7 +55,7 @@ def load(path: Path) -> list[Row]:
 def keep(rows: Sequence[Row]) -> None:
     """Put rows in the place of those of the same versions."""
     fresh, environment = {row["comfyui"] for row in rows}, record.environment()
-    kept = [row for row in load(KEPT) if row["comfyui"] not in fresh] + [{**row, **environment} for row in rows]
+    kept = [row for row in load(KEPT) if row["comfyui"] not in fresh] + [{**environment, **row} for row in rows]
     KEPT.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
 
 

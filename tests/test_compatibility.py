@@ -8,7 +8,7 @@ compatibility = pytest.importorskip("benchmarks.compatibility", reason="benchmar
 
 JUNIT = """<testsuites><testsuite>
 <testcase name="test_off_is_bit_identical[a-flux]"><properties><property name="comfyui" value="1.2.3"/>
-<property name="case" value="flux"/></properties>{flux}</testcase>
+<property name="case" value="flux"/><property name="versions" value='{{"torch": "9"}}'/></properties>{flux}</testcase>
 <testcase name="test_counts[a-flux]"><properties><property name="comfyui" value="1.2.3"/><property name="case" value="flux"/>
 <property name="calls" value='[2, 6, {{"small": 3}}]'/></properties></testcase>
 <testcase name="test_counts[a-krea2]"><properties><property name="comfyui" value="1.2.3"/><property name="case" value="krea2"/></properties>
@@ -23,6 +23,7 @@ def test_outcomes(tmp_path, inner, flux):
     (tmp_path / "junit.xml").write_text(JUNIT.format(flux=inner))
     rows = compatibility.outcomes(tmp_path / "junit.xml")
     assert [compatibility.cell(row) for row in rows] == [flux, "no such model", "passed"]
+    assert rows[0]["torch"] == "9"
     assert list(compatibility.families_table(rows))[2] == f"| flux | {flux} | small |"
 
 

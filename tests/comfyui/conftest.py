@@ -41,6 +41,19 @@ def plain_python():
     return os.environ.get("COMFYUI_PYTHON", sys.executable)
 
 
+VERSIONS = """
+import importlib.util, json, platform, torch
+triton = importlib.util.find_spec("triton") and __import__("triton").__version__
+print(json.dumps({"python": platform.python_version(), "torch": str(torch.__version__), "triton": triton or None}))
+"""
+
+
+@pytest.fixture(scope="session")
+def versions(plain_python):
+    """Of Python, torch and Triton where ComfyUI runs, as JSON."""
+    return subprocess.run([plain_python, "-c", VERSIONS], check=True, capture_output=True, text=True).stdout.strip()
+
+
 @pytest.fixture(scope="session")
 def patched_python(tmp_path_factory, plain_python, wheel):
     """An interpreter that sees all of `plain_python` and has the wheel installed."""

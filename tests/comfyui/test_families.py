@@ -126,12 +126,18 @@ def counts(line):
     return evaluations, int(calls[1]) if calls else 0, {reason: int(count) for reason, count in reasons.items()}
 
 
+def tell(record_property, version, versions, case):
+    """For benchmarks/compatibility.py: what a result is of."""
+    record_property("comfyui", version)
+    record_property("versions", versions)
+    record_property("case", case)
+
+
 @pytest.mark.parametrize("case", CASES)
 class TestCase:
     @pytest.fixture(autouse=True)
-    def known(self, case, cases, version, record_property):
-        record_property("comfyui", version)  # for benchmarks/compatibility.py
-        record_property("case", case)
+    def known(self, case, cases, version, versions, record_property):
+        tell(record_property, version, versions, case)
         if case not in cases:
             pytest.skip(f"ComfyUI {version} has no such model")
 
@@ -158,10 +164,9 @@ def post(server, path, content=None):
         reply.read()
 
 
-def test_runs_after_one_another(servers, patched_python, on, version, record_property):
+def test_runs_after_one_another(servers, patched_python, on, version, versions, record_property):
     """An interrupt in mid-run, a model switch, another size, and two prompts in the queue: every run is as if it were alone."""
-    record_property("comfyui", version)
-    record_property("case", "interrupt, model switch, other size, two prompts queued")
+    tell(record_property, version, versions, "interrupt, model switch, other size, two prompts queued")
     expected, ours = on[0], {**ON, "TAYLOR_PATCH_LOG": "step"}
     with servers(patched_python, ours, name="sequence") as server, ThreadPoolExecutor(2) as pool:
         long = pool.submit(latent, server, workflow("flux", steps=500, size=4))
