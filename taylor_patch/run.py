@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from taylor_patch.call import AttentionCall
+from taylor_patch.families import Layout, layout
 from taylor_patch.grid import patch_sizes
 from taylor_patch.telemetry import Answer, Check, ExactTime, StepRecord, compared, comparison_text, quality_text, saved_text
 
@@ -163,6 +164,7 @@ class Evaluation:
     double_blocks: int = 0
     fingerprint: str | None = None
     """fingerprint_of the model."""
+    layout: Layout = field(default_factory=Layout)
     exact: str | None = None
     """Why all of this evaluation is exact, or None."""
     calls: int = 0
@@ -304,12 +306,12 @@ def fingerprint_of(model: Any) -> str | None:
 
 def describe(run: SamplingRun, model: Any, latent_shape: Sequence[int] | None, sigma: float | None, has_reference: bool = False) -> Evaluation:
     """The Evaluation of one call of the diffusion model. model: ComfyUI's BaseModel or anything with a `diffusion_model`."""
-    diffusion_model = getattr(model, "diffusion_model", None)
+    diffusion_model, family = getattr(model, "diffusion_model", None), family_of(model)
     if id(diffusion_model) not in run.fingerprints:
         run.fingerprints[id(diffusion_model)] = fingerprint_of(model)
     return Evaluation(run, None if latent_shape is None else tuple(latent_shape), sigma, None if sigma is None else run.step_of(sigma),
-                      family_of(model), patch_sizes(diffusion_model), has_reference, len(getattr(diffusion_model, "double_blocks", ())),
-                      run.fingerprints[id(diffusion_model)])
+                      family, patch_sizes(diffusion_model), has_reference, len(getattr(diffusion_model, "double_blocks", ())),
+                      run.fingerprints[id(diffusion_model)], layout(family, diffusion_model))
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from taylor_patch.call import TokenGrid
+from taylor_patch.families import layout
 from taylor_patch.grid import UNET_STRIDES, infer, patch_sizes
 from taylor_patch.run import Evaluation, SamplingRun, current_evaluation, current_run, describe, evaluation, sampling_run
 
@@ -23,8 +24,8 @@ CASES = {
     "img_slice-of-other-length": ((400, IMAGE, P2, "Flux", False, {"img_slice": [6, 400]}), "does not follow"),
     "img_slice-past-the-end": ((384, (1, 16, 32, 32), P2, "Flux", False, {"img_slice": [200, 456]}), "does not follow"),
     "image-only": ((384, IMAGE, P2, "Anything", False, {}), TokenGrid(1, 16, 24)),
-    "unknown-family": ((394, IMAGE, P2, "Lumina2", False, {}), "does not follow"),
-    "too-few-tokens": ((300, IMAGE, P2, "Flux", False, {}), "does not follow"),
+    "unknown-family": ((394, IMAGE, P2, "Other", False, {}), "unknown: token count does not follow"),
+    "too-few-tokens": ((300, IMAGE, P2, "Flux", False, {}), "fewer tokens than the image has"),
     "odd-latent-is-padded": ((17 * 24, (1, 16, 33, 47), P2, "Flux", False, {}), TokenGrid(1, 17, 24)),
     "wan": ((5 * 8 * 12, (1, 16, 5, 16, 24), P2, "WAN21", False, {}), TokenGrid(5, 8, 12)),
     "video-patch": ((3 * 8 * 12, (1, 16, 5, 16, 24), ((2, 2, 2),), "X", False, {}), TokenGrid(3, 8, 12)),
@@ -41,8 +42,8 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_infer(case):
-    arguments, expected = CASES[case]
-    found, reason = infer(*arguments)
+    (tokens, latent, patches, family, *rest), expected = CASES[case]
+    found, reason = infer(tokens, latent, patches, layout(family, None), *rest)
     if isinstance(expected, TokenGrid):
         assert found == expected and reason == ""
     else:

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from taylor_patch import config, plugins
+from taylor_patch import config, families, plugins
 from taylor_patch.cli import main
 
 FOLDER = Path(__file__).parents[1] / "docs" / "reference"
@@ -63,7 +63,29 @@ def commands() -> str:
     return "\n".join(lines)
 
 
-PAGES = {"options.md": options, "commands.md": commands}
+def families_page() -> str:
+    """The table of families."""
+    where = {"apart": "cross-attention only", "before": "before the image", "after": "after the image"}
+    lines = ["# Model families", "", "Made from `taylor_patch/families.py` by `python -m tools.reference_pages`. What was run:",
+             "[Compatibility](../compatibility.md).", "",
+             "| family | text tokens | patch | block index | masks | exact besides cross-attention |", "|---|---|---|---|---|---|"]
+    lines += [f"| {row.title} | {where[row.text]} | {row.patch} | {row.keys} | {row.masks} | {row.exact} |" for row in families.FAMILIES]
+    return "\n".join([*lines, "", FAMILIES_NOTE])
+
+
+FAMILIES_NOTE = """\
+The patch size is read from the model. The image's place follows from the call (`img_slice`, `grid_sizes`, `activations_shape`) or from
+the latent and this table: whatever is left of the sequence is text. HunyuanVideo of ComfyUI before 2026-02 has the text after the image;
+its blocks say so. Z-Image pads text and image to a multiple of 32 tokens each.
+
+ComfyUI up to 0.3.72 gives no block index outside UNets; there, too, calls are counted.
+
+The latent is that of the model evaluation, so regional prompts, context windows and a batch that changes have their own grid. A
+ControlNet is not part of an evaluation: its calls are exact. A family that is not listed uses `near_far` where its calls have as many
+tokens as the latent, or say where the image lies, and is exact elsewhere.
+"""
+
+PAGES = {"options.md": options, "commands.md": commands, "families.md": families_page}
 
 if __name__ == "__main__":
     for name, make in PAGES.items():

@@ -293,11 +293,11 @@ def _placed(call: AttentionCall, evaluation: Evaluation | None, options: dict[st
             target_error: Callable[[AttentionCall], float]) -> AttentionCall:
     """`call` with its position in the run and its token grid."""
     if evaluation is None:
-        placed = dataclasses.replace(call, grid_reason="token grid unknown: outside a model evaluation")
+        placed = dataclasses.replace(call, grid_reason="outside a model evaluation")
     else:
-        found, why = None, "token grid unknown: cross-attention"
+        found, why = None, "cross-attention"
         if call.self_attention:
-            found, why = grid.infer(call.q.shape[2], evaluation.latent_shape, evaluation.patches, evaluation.family,
+            found, why = grid.infer(call.q.shape[2], evaluation.latent_shape, evaluation.patches, evaluation.layout,
                                     evaluation.has_reference, options)
         placed = dataclasses.replace(call, grid=found, grid_reason=why, step=evaluation.step, sigma=evaluation.sigma,
                                      block=evaluation.block_index(options), model=evaluation.family,

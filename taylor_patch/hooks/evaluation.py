@@ -11,6 +11,7 @@ from typing import Any
 
 from taylor_patch.engine import engine
 from taylor_patch.errors import said
+from taylor_patch.families import REFERENCES
 from taylor_patch.hooks.cold import ColdPatch
 from taylor_patch.run import Evaluation, SamplingRun, current_run, describe, evaluation, with_exact
 from taylor_patch.telemetry import Reading, StepRecord, read
@@ -91,7 +92,9 @@ def _describe(run: SamplingRun, model: Any, args: tuple[Any, ...], kwargs: dict[
     try:
         x = kwargs.get("x", args[0] if args else None)
         t = kwargs.get("t", args[1] if len(args) > 1 else None)
-        current = describe(run, model, getattr(x, "shape", None), _first(t), bool(kwargs.get("ref_latents")))
+        packed = kwargs.get("latent_shapes")  # pictures and sound in one tensor; the picture comes first
+        shape = packed[0] if packed else getattr(x, "shape", None)
+        current = describe(run, model, shape, _first(t), any(kwargs.get(name) is not None and len(kwargs[name]) for name in REFERENCES))
         if getattr(sys.modules.get("comfy.model_management"), "in_training", False):
             current.exact = "training"
         else:

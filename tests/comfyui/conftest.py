@@ -41,6 +41,19 @@ def plain_python():
     return os.environ.get("COMFYUI_PYTHON", sys.executable)
 
 
+VERSIONS = """
+import importlib.util, json, platform, torch
+triton = importlib.util.find_spec("triton") and __import__("triton").__version__
+print(json.dumps({"python": platform.python_version(), "torch": str(torch.__version__), "triton": triton or None}))
+"""
+
+
+@pytest.fixture(scope="session")
+def versions(plain_python):
+    """Of Python, torch and Triton where ComfyUI runs, as JSON."""
+    return subprocess.run([plain_python, "-c", VERSIONS], check=True, capture_output=True, text=True).stdout.strip()
+
+
 @pytest.fixture(scope="session")
 def patched_python(tmp_path_factory, plain_python, wheel):
     """An interpreter that sees all of `plain_python` and has the wheel installed."""
@@ -55,22 +68,35 @@ def patched_python(tmp_path_factory, plain_python, wheel):
     return str(python)
 
 
-def workflow(family, steps=3, cfg=3.0, seed=5):
-    sampler = {"model": ["1", 0], "positive": ["1", 1], "negative": ["1", 2], "latent_image": ["1", 3], "seed": seed, "steps": steps,
-               "cfg": cfg, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
-    return {"1": {"class_type": "TinyRandomModel", "inputs": {"family": family}},
-            "2": {"class_type": "KSampler", "inputs": sampler},
-            "3": {"class_type": "SaveLatent", "inputs": {"samples": ["2", 0], "filename_prefix": "latents/test"}}}
+def workflow(family, steps=3, cfg=3.0, seed=5, sampler="euler", batch=1, size=1, positive=None, model=None):
+    """positive, model: (node, its other inputs) that changes the positive conditioning, or the model. size: factor on the latent's width."""
+    inputs = {"model": ["6" if model else "1", 0], "positive": ["4" if positive else "1", 0 if positive else 1], "negative": ["1", 2],
+              "latent_image": ["1", 3], "seed": seed, "steps": steps, "cfg": cfg, "sampler_name": sampler, "scheduler": "simple",
+              "denoise": 1.0}
+    flow = {"1": {"class_type": "TinyRandomModel", "inputs": {"family": family, "batch": batch, "size": size}},
+            "2": {"class_type": "KSampler", "inputs": inputs},
+            "3": {"class_type": "SaveLatent", "inputs": {"samples": ["5", 0], "filename_prefix": "latents/test"}},
+            "5": {"class_type": "TinyPicture", "inputs": {"latent": ["2", 0]}}}
+    if positive:
+        flow["4"] = {"class_type": positive[0], "inputs": {"conditioning": ["1", 1], **positive[1]}}
+    if model:
+        flow["6"] = {"class_type": model[0], "inputs": {"model": ["1", 0], **model[1]}}
+    return flow
+
+
+def starter(folder, checkout):
+    """start(python, env, at=checkout): a Server with the test's nodes; one thread, so that latents repeat bit for bit."""
+    def make(python, env=None, at=None, name="server", launcher=()):
+        return Server(at or checkout, folder / name, python, nodes=[NODES, DEMO_NODES], launcher=launcher,
+                      env={"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", **(env or {})})
+
+    return make
 
 
 @pytest.fixture
 def start(tmp_path, checkout):
-    """start(python, env, at=checkout): a Server with the test's nodes; one thread, so that latents repeat bit for bit."""
-    def make(python, env=None, at=None, name="server", launcher=()):
-        return Server(at or checkout, tmp_path / name, python, nodes=[NODES, DEMO_NODES], launcher=launcher,
-                      env={"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", **(env or {})})
-
-    return make
+    """See starter."""
+    return starter(tmp_path, checkout)
 
 
 def latent(server, flow):

@@ -1,40 +1,15 @@
 """Custom nodes for the tests: tiny models with seeded random weights, one for each family, built without a file."""
 
-import dataclasses
 import math
 import zlib
 
 import comfy.model_management
 import comfy.model_patcher
-import comfy.supported_models as supported
 import torch
-from comfy.ldm.flux.model import FluxParams
+from comfy import controlnet
+from comfy.cldm.cldm import ControlNet
 
-CONTEXT = 64
-
-
-def flux():
-    values = {"in_channels": 16, "out_channels": 16, "vec_in_dim": CONTEXT, "context_in_dim": CONTEXT, "hidden_size": 256, "mlp_ratio": 2.0,
-              "num_heads": 2, "depth": 1, "depth_single_blocks": 2, "axes_dim": [16, 56, 56], "theta": 10000, "patch_size": 2,
-              "qkv_bias": True, "guidance_embed": False, "txt_ids_dims": []}
-    names = {field.name for field in dataclasses.fields(FluxParams)}
-    return supported.FluxSchnell({"image_model": "flux", **{k: v for k, v in values.items() if k in names}}), (1, 16, 32, 24)
-
-
-def sd15():
-    return supported.SD15({
-        "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 64, "num_res_blocks": [1, 1], "channel_mult": [1, 1],
-        "use_spatial_transformer": True, "context_dim": CONTEXT, "use_linear_in_transformer": False, "legacy": False,
-        "adm_in_channels": None, "use_temporal_attention": False, "transformer_depth": [1, 1], "transformer_depth_output": [1] * 4,
-        "transformer_depth_middle": 1}), (1, 4, 16, 16)
-
-
-def wan():
-    return supported.WAN21_T2V({"image_model": "wan2.1", "model_type": "t2v", "dim": 256, "num_heads": 2, "num_layers": 2, "ffn_dim": 512,
-                                "text_dim": CONTEXT, "in_dim": 16, "out_dim": 16}), (1, 16, 5, 14, 12)
-
-
-FAMILIES = {"flux": flux, "sd15": sd15, "wan": wan}
+from .families import FAMILIES, KNOWN
 
 
 def fill(model):
@@ -42,22 +17,29 @@ def fill(model):
     for name, value in model.state_dict().items():
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
         if value.dim() < 2:
-            value.copy_(torch.ones_like(value) if name.endswith("weight") else torch.randn(value.shape, generator=generator) * 0.02)
+            value.copy_(torch.ones_like(value) if name.endswith(("weight", "scale")) else torch.randn(value.shape, generator=generator) * 0.02)
         else:
             value.copy_(torch.randn(value.shape, generator=generator) / math.sqrt(value[0].numel()))
+
+
+def conditioning(tiny, seed):
+    """ComfyUI's conditioning of `tiny` with random text."""
+    text = torch.randn(2, 1, tiny.text, tiny.width, generator=torch.Generator().manual_seed(1))[seed]
+    return [[text, {"pooled_output": text.mean(1), **tiny.more}]]
 
 
 class TinyRandomModel:
     @classmethod
     def INPUT_TYPES(cls):
-        return {"required": {"family": (list(FAMILIES), {})}}
+        return {"required": {"family": (KNOWN, {})}, "optional": {"batch": ("INT", {"default": 1}), "size": ("INT", {"default": 1})}}
 
     RETURN_TYPES = ("MODEL", "CONDITIONING", "CONDITIONING", "LATENT")
     FUNCTION = "make"
     CATEGORY = "_for_testing"
 
-    def make(self, family):
-        config, shape = FAMILIES[family]()
+    def make(self, family, batch=1, size=1):
+        tiny = FAMILIES[family]()
+        config = tiny.model_config()
         config.set_inference_dtype(torch.float32, None)
         if family == "sd15":
             config.unet_config["num_head_channels"], config.unet_config["num_heads"] = -1, 2
@@ -67,9 +49,90 @@ class TinyRandomModel:
         patcher = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
         patched = patcher(model, load_device=comfy.model_management.get_torch_device(),
                           offload_device=comfy.model_management.unet_offload_device())
-        text = torch.randn(2, 1, 16, CONTEXT, generator=torch.Generator().manual_seed(1))
-        conditionings = [[[x, {"pooled_output": x.mean(1)}]] for x in text]
-        return patched, *conditionings, {"samples": torch.zeros(shape)}
+        _, channels, *sizes = tiny.latent
+        sizes[-1] *= size
+        samples = torch.zeros(batch, channels, *sizes)
+        if tiny.sound:
+            from comfy.nested_tensor import NestedTensor
+
+            samples = NestedTensor((samples, torch.zeros(tiny.sound)))
+        return patched, conditioning(tiny, 0), conditioning(tiny, 1), {"samples": samples}
 
 
-NODE_CLASS_MAPPINGS = {"TinyRandomModel": TinyRandomModel}
+class TinyConditioningMask:
+    """Adds to a conditioning what Redux' style node adds: an attention mask over text and image that differs from row to row."""
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"conditioning": ("CONDITIONING",), "latent": ("LATENT",)}}
+
+    RETURN_TYPES = ("CONDITIONING",)
+    FUNCTION = "add"
+    CATEGORY = "_for_testing"
+
+    def add(self, conditioning, latent):
+        text, extra = conditioning[0]
+        *_, h, w = latent["samples"].shape
+        tokens = text.shape[1] + h // 2 * (w // 2)
+        mask = torch.zeros(1, tokens, tokens)
+        mask[:, : text.shape[1] // 2, text.shape[1] :] = math.log(0.5)
+        return ([[text, {**extra, "attention_mask": mask, "attention_mask_img_shape": (h // 2, w // 2)}]],)
+
+
+class TinyReference:
+    """A reference image beside the picture, as ReferenceLatent adds it for Flux Kontext."""
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"conditioning": ("CONDITIONING",), "latent": ("LATENT",)}}
+
+    RETURN_TYPES = ("CONDITIONING",)
+    FUNCTION = "add"
+    CATEGORY = "_for_testing"
+
+    def add(self, conditioning, latent):
+        text, extra = conditioning[0]
+        reference = torch.randn(1, *latent["samples"].shape[1:], generator=torch.Generator().manual_seed(2))
+        return ([[text, {**extra, "reference_latents": [reference]}]],)
+
+
+class TinyControlNet:
+    """A ControlNet for the tiny SD 1.5, with a random picture for it to follow."""
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"conditioning": ("CONDITIONING",), "latent": ("LATENT",)}}
+
+    RETURN_TYPES = ("CONDITIONING",)
+    FUNCTION = "add"
+    CATEGORY = "_for_testing"
+
+    def add(self, conditioning, latent):
+        unet = {name: value for name, value in FAMILIES["sd15"]().unet.items() if name not in ("out_channels", "transformer_depth_output")}
+        network = ControlNet(**unet, hint_channels=3, num_heads=2)
+        with torch.no_grad():
+            fill(network)
+        control = controlnet.ControlNet(network, load_device=comfy.model_management.get_torch_device())
+        h, w = latent["samples"].shape[-2:]
+        control.set_cond_hint(torch.rand(1, 3, 8 * h, 8 * w, generator=torch.Generator().manual_seed(6)), 1.0)
+        text, extra = conditioning[0]
+        return ([[text, {**extra, "control": control, "control_apply_to_uncond": True}]],)
+
+
+class TinyPicture:
+    """The first of latents that go together, for SaveLatent."""
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"latent": ("LATENT",)}}
+
+    RETURN_TYPES = ("LATENT",)
+    FUNCTION = "take"
+    CATEGORY = "_for_testing"
+
+    def take(self, latent):
+        samples = latent["samples"]
+        return ({"samples": samples.unbind()[0] if getattr(samples, "is_nested", False) else samples},)
+
+
+NODE_CLASS_MAPPINGS = {kind.__name__: kind for kind in (TinyRandomModel, TinyConditioningMask, TinyReference, TinyControlNet, TinyPicture)}
