@@ -112,3 +112,16 @@ class Backend:
 def expand_kv(x: Tensor, heads: int) -> Tensor:
     """[B, H_kv, N, D] -> [B, heads, N, D]: each key head serves heads / H_kv consecutive query heads."""
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
+
+
+def aligned(x: Tensor) -> Tensor:
+    """x, or a copy where its last dimension has gaps, or its data or a row does not begin at 16 bytes.
+
+    Kernels that load 16 bytes at a time, PyTorch's own among them, end in a CUDA error on such a tensor, and after one the process
+    can use the GPU no more. x must hold data, which it does not while torch.compile traces.
+    """
+    values = 16 // x.element_size()
+    rows = all(stride % values == 0 for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1)
+    if x.data_ptr() % 16 == 0 and (x.is_contiguous() or (x.stride(-1) == 1 and rows)):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from taylor_patch.backends.base import Backend, expand_kv
+from taylor_patch.backends.base import Backend, aligned, expand_kv
 from taylor_patch.call import AttentionCall
 
 
@@ -28,5 +28,7 @@ class Sdpa(Backend):
         mask = call.row_mask if call.key_mask is None else call.key_mask[:, None, None, :]
         if mask is not None and mask.dtype != torch.bool:
             mask = mask.to(call.q.dtype)
-        return F.scaled_dot_product_attention(call.q, expand_kv(call.k, heads), expand_kv(call.v, heads),
-                                              attn_mask=mask, scale=call.scale)
+        q, k, v = call.q, call.k, call.v
+        if not torch.compiler.is_compiling():
+            q, k, v = aligned(q), aligned(k), aligned(v)
+        return F.scaled_dot_product_attention(q, expand_kv(k, heads), expand_kv(v, heads), attn_mask=mask, scale=call.scale)

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 
 import taylor_patch
+from taylor_patch.backends.base import aligned
 
 ROWS = 1024
 
@@ -27,5 +28,8 @@ class Chunked(taylor_patch.Backend):
         mask = call.key_mask  # [B or 1, N_kv], added to the logits: -inf hides a key
         if mask is not None:
             mask = mask[:, None, None].to(call.q.dtype)
-        chunks = [F.scaled_dot_product_attention(q, call.k, call.v, attn_mask=mask, scale=call.scale) for q in call.q.split(ROWS, 2)]
+        q, k, v = call.q, call.k, call.v
+        if not torch.compiler.is_compiling():
+            q, k, v = aligned(q), aligned(k), aligned(v)  # PyTorch's kernels load 16 bytes at a time
+        chunks = [F.scaled_dot_product_attention(rows, k, v, attn_mask=mask, scale=call.scale) for rows in q.split(ROWS, 2)]
         return torch.cat(chunks, 2)

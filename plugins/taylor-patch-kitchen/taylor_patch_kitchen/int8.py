@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 import taylor_patch
+from taylor_patch.backends.base import aligned
 from taylor_patch_kitchen import library
 
 
@@ -21,7 +22,8 @@ class Int8(taylor_patch.Backend):
         return library.missing("int8_attention")
 
     def workspace_nbytes(self, call: taylor_patch.AttentionCall) -> int:
-        """8-bit q, k and v with their scales, padded and copied inputs, and a padded output; heads padded to 64, 128 or 256."""
+        """8-bit q, k and v with their scales, padded and copied inputs (a key mask copies k and v), and a padded output; heads padded to
+        64, 128 or 256."""
         head_dim, size = call.q.shape[-1], call.q.element_size()
         padded = 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256
         queries, keys = call.q.numel() // head_dim, call.k.numel() // head_dim
@@ -30,7 +32,17 @@ class Int8(taylor_patch.Backend):
     @torch.compiler.disable
     def run(self, call: taylor_patch.AttentionCall) -> Tensor:
         """See Backend.run."""
-        mask = None if call.key_mask is None else call.key_mask[:, None, None]
-        q, k, v = (library.loadable(x) for x in (call.q, call.k, call.v))
+        mask, k, v = None, call.k, call.v
+        if call.key_mask is not None:
+            mask = call.key_mask[:, None, None]
+            hidden = torch.isneginf(call.key_mask)[:, None, :, None]
+            k, v = k.masked_fill(hidden, 0), v.masked_fill(hidden, 0)  # the library takes its 8-bit scales from every key
+        q, k, v = (loadable(x) for x in (call.q, k, v))
         with torch.cuda.device_of(q):
             return library.library().int8_attention(q, k, v, scale=call.scale, attn_mask=mask)  # type: ignore[union-attr]
+
+
+def loadable(x: Tensor) -> Tensor:
+    """x, or a copy where the library would refuse its strides: it takes none of 0 (an expanded batch)."""
+    expanded = any(size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride(), strict=True))
+    return x.contiguous() if expanded else aligned(x)

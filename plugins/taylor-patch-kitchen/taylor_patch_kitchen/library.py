@@ -6,7 +6,6 @@ from functools import cache
 from types import ModuleType
 
 import torch
-from torch import Tensor
 
 
 @cache
@@ -33,11 +32,3 @@ def missing(function: str) -> tuple[str, ...]:
     if not getattr(found, f"{function}_is_available")():
         return (f"comfy-kitchen has no {function} for this GPU",)
     return ()
-
-
-def loadable(x: Tensor) -> Tensor:
-    """x, or a copy where its last dimension has gaps or its rows do not begin at 16 bytes: the kernels load 16 bytes at a time."""
-    values = 16 // x.element_size()
-    if x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(stride % values == 0 for stride in x.stride()[:-1]):
-        return x
-    return x.clone(memory_format=torch.contiguous_format)

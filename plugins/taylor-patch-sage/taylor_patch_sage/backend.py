@@ -14,10 +14,14 @@ import torch
 from torch import Tensor
 
 import taylor_patch
+from taylor_patch.backends.base import aligned
 
 HEAD_DIMS_1 = (64, 96, 128)
 INT32_VALUES = 2**31
 """The kernels count values with 32 bits."""
+BLOCK_KEYS = 64
+PADDING_SHARE = 1 / 256
+"""Largest share of a row's weight that padding may take; bfloat16 rounds by as much."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,22 @@ class Library:
 
     sageattn: Callable[..., Tensor]
     major: int
+
+
+def padding_share(keys: int) -> float:
+    """The largest share of a row's weight that goes to keys that are not there, in the library's Triton kernels.
+
+    They load the last block of 64 keys with zeros in the missing places and do not mask the logits (0), so that the output is too
+    small by those places' share. k has mean 0 here: a logit of 0 is a row's mean logit, and no row gives such a key more than an
+    even share.
+    """
+    padding = -keys % BLOCK_KEYS
+    return padding / (keys + padding)
+
+
+def by_triton(found: Library, device: torch.device) -> bool:
+    """Whether the library answers with its Triton kernels: 1.x always, 2.x on compute capability 8.6."""
+    return found.major == 1 or (device.type == "cuda" and torch.cuda.get_device_capability(device) == (8, 6))
 
 
 @cache
@@ -37,14 +57,6 @@ def library() -> Library | str:
         return (f"SageAttention cannot be imported ({type(error).__name__}: {error}). "
                 "Install it with ComfyUI's Python: pip install sageattention")
     return Library(sageattention.sageattn, 2 if hasattr(sageattention, "sageattn_qk_int8_pv_fp16_triton") else 1)
-
-
-def loadable(x: Tensor) -> Tensor:
-    """x, or a copy where its last dimension has gaps or its rows do not begin at 16 bytes: the kernels load 16 bytes at a time."""
-    values = 16 // x.element_size()
-    if x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(stride % values == 0 for stride in x.stride()[:-1]):
-        return x
-    return x.clone(memory_format=torch.contiguous_format)
 
 
 class Sage(taylor_patch.Backend):
@@ -67,9 +79,12 @@ class Sage(taylor_patch.Backend):
 
     def reasons_against(self, call: taylor_patch.AttentionCall) -> tuple[str, ...]:
         """See Backend.reasons_against."""
-        reasons, found, head_dim = list(super().reasons_against(call)), library(), call.q.shape[-1]
-        if isinstance(found, Library) and found.major == 1 and head_dim not in HEAD_DIMS_1:
-            reasons.append(f"head_dim {head_dim}: SageAttention 1.x has {', '.join(map(str, HEAD_DIMS_1))}")
+        reasons, found, head_dim, keys = list(super().reasons_against(call)), library(), call.q.shape[-1], call.k.shape[2]
+        if isinstance(found, Library):
+            if found.major == 1 and head_dim not in HEAD_DIMS_1:
+                reasons.append(f"head_dim {head_dim}: SageAttention 1.x has {', '.join(map(str, HEAD_DIMS_1))}")
+            if keys and padding_share(keys) > PADDING_SHARE and by_triton(found, call.q.device):
+                reasons.append(f"{keys} keys: its Triton kernels count the {-keys % BLOCK_KEYS} that are missing to a multiple of {BLOCK_KEYS}")
         if max(call.q.numel(), call.k.numel()) >= INT32_VALUES:
             reasons.append(f"{max(call.q.numel(), call.k.numel())} values in a tensor, the kernels count to {INT32_VALUES - 1}")
         return tuple(reasons)
@@ -87,7 +102,7 @@ class Sage(taylor_patch.Backend):
         found = library()
         if isinstance(found, str):
             raise RuntimeError(found)
-        q, k, v = loadable(call.q), loadable(call.k), loadable(call.v)
+        q, k, v = aligned(call.q), aligned(call.k), aligned(call.v)
         settings: dict[str, Any] = {"tensor_layout": "HND", "is_causal": False, "sm_scale": call.scale}
         if found.major == 1:  # its smooth_k = True subtracts the mean from the caller's k itself
             k, settings["smooth_k"] = k - k.mean(2, keepdim=True), False
