@@ -133,9 +133,9 @@ class Tally:
                 del self.fallbacks[reason]
 
     def add(self, other: Tally) -> None:
-        """Count what `other` counted too."""
-        self.calls.update(other.calls)
-        self.fallbacks.update(other.fallbacks)
+        """Count what `other` counted too. Its thread may be counting still."""
+        self.calls.update(dict(other.calls))
+        self.fallbacks.update(dict(other.fallbacks))
 
 
 @dataclass
@@ -205,6 +205,8 @@ class SamplingRun:
     sampled: bool = False
     """Whether an evaluation of this run has been sampled."""
     devices: dict[Any, DeviceState] = field(default_factory=dict)
+    under_way: list[Tally] = field(default_factory=list)
+    """Counts of the evaluations in progress."""
     sigmas: dict[float, float] = field(default_factory=dict)
     """Part of the schedule, 0 to 1 -> sigma there."""
     compare: bool = False
@@ -235,10 +237,14 @@ class SamplingRun:
         spent: Counter[str] = Counter()
         for record in self.records:
             spent.update(record.milliseconds)
+        counts = Tally()
+        with _lock:
+            for tally in (self.tally, *self.under_way):
+                counts.add(tally)
         times = compared(self.records)
         saved, speed_up = (None, None) if times is None else ((times[1] - times[0]) / 1000, times[1] / max(times[0], 1e-6))
-        return RunSummary(self.model, max(len(self.schedule) - 1, 0), self.evaluations, with_exact(self.tally.calls, self.tally.fallbacks),
-                          dict(self.tally.fallbacks), time.monotonic() - self.started, outcome, dict(spent), quality_text(self.records),
+        return RunSummary(self.model, max(len(self.schedule) - 1, 0), self.evaluations, with_exact(counts.calls, counts.fallbacks),
+                          dict(counts.fallbacks), time.monotonic() - self.started, outcome, dict(spent), quality_text(self.records),
                           saved, speed_up,
                           comparison_text(self.records) or ("compared with exact attention: no call to compare" if self.compare else ""))
 
@@ -323,12 +329,14 @@ def evaluation(current: Evaluation) -> Iterator[Evaluation]:
     current.tally.log_calls = run.tally.log_calls
     with _lock:
         run.evaluations += 1
+        run.under_way.append(current.tally)
     _position.evaluations.append(current)
     try:
         yield current
     finally:
         _position.evaluations.pop()
         with _lock:
+            run.under_way[:] = [tally for tally in run.under_way if tally is not current.tally]
             run.tally.add(current.tally)
 
 

@@ -118,7 +118,7 @@ def test_state_and_report_of_a_run(comfy, configure, tmp_path):
 def test_a_run_in_progress_is_shown(configure):
     configure("")
     with engine().run([1.0, 0.0]) as current:
-        current.exact("too small")
+        current.tally.exact("too small")
         (line,) = state()["running"]
     assert "exact 1 (exact because: too small: 1)" in line and line.endswith("in progress") and state()["running"] == []
 

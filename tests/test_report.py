@@ -11,13 +11,15 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
+from taylor_patch import guard
 from taylor_patch.cli import main
 from taylor_patch.report import charts, page, runs
 from tests.test_guard_and_telemetry import SPARSE, run
 
 
 @pytest.fixture
-def log(comfy, configure, tmp_path):
+def log(comfy, configure, tmp_path, monkeypatch):
+    monkeypatch.setattr(guard, "EVERY_CALLS", 8)
     configure(SPARSE.replace("[backends", f'log_file = "{tmp_path}/log.jsonl"\n[backends')
               + '[[rules]]\nwhen = { layers = "3", sigma = "<=2" }\nbackend = "sdpa"\n')
     run(comfy)

@@ -15,7 +15,7 @@ from taylor_patch.demo import host as demo
 from taylor_patch.demo import model as demo_model
 from taylor_patch.hooks.attention import replace
 
-STEPS = 6
+STEPS = 4
 SAMPLES, SAMPLED_KEYS = 16, 64
 
 

@@ -16,7 +16,6 @@ from taylor_patch.backends.tiles import BLOCK
 from taylor_patch_kitchen import SolOptions, library
 from taylor_patch_kitchen.order import block_order
 
-
 HEAD_DIM = 128
 SLICE_BLOCKS = 128
 """Blocks of which the library makes means at once."""
@@ -75,8 +74,8 @@ class Sol(taylor_patch.Backend):
         batch, heads, _, head_dim = call.q.shape
         blocks, size = self._blocks(call), call.q.element_size()
         lanes = batch * heads
-        tiled = 4 * lanes * blocks * BLOCK * head_dim * size
-        return tiled + library_nbytes(lanes, blocks, self.options.token_aug) + self._threshold_nbytes(lanes, blocks, size) - call.q.numel() * size
+        tiled = 4 * lanes * blocks * BLOCK * head_dim * size - call.q.numel() * size
+        return tiled + library_nbytes(lanes, blocks, self.options.token_aug) + self._threshold_nbytes(lanes, blocks, size)
 
     def _threshold_nbytes(self, lanes: int, blocks: int, size: int) -> int:
         """A slice of q or k without the empty places, block means in float32, and the scores of some heads with the largest of them."""
