@@ -1,0 +1,83 @@
+"""near_far with an error instead of a density, through the hooks: what is settled when, and where it gives up."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from taylor_patch import engine as engines
+from taylor_patch.backends.near_far import aim, plan, reference
+
+HEADS, DIM, SIDE, TEXT = 2, 16, 32, 8
+AUTO = '[taylor_patch]\nbackend = "near_far"\nquality_limit = 0\nquality = 0.1\n'
+
+
+def qkv(noise):
+    """Smooth over the image; [1, TEXT + SIDE^2, HEADS * DIM]."""
+    gen = torch.Generator().manual_seed(0)
+    made = []
+    for _ in range(3):
+        field = F.interpolate(torch.randn(1, HEADS * DIM, 4, 4, generator=gen), (SIDE, SIDE), mode="bilinear").flatten(2).transpose(1, 2)
+        x = torch.cat([torch.randn(1, TEXT, HEADS * DIM, generator=gen), 2 * field], 1)
+        made.append(x + noise * torch.randn(x.shape, generator=gen))
+    return made
+
+
+def sample(comfy, inputs, sigmas, blocks=2):
+    def body(options):
+        for block in range(blocks):
+            comfy.attention.optimized_attention(*inputs, HEADS, transformer_options={**options, "block_index": block})
+
+    comfy.sample(body, sigmas=sigmas, latent=(1, 16, 2 * SIDE, 2 * SIDE))
+    return engines.current().last_run
+
+
+@pytest.fixture
+def probes(monkeypatch):
+    """(block, sigma) of every call that was probed."""
+    seen = []
+    original = reference.attend_aimed
+
+    def attend_aimed(call, settled):
+        if settled is None:
+            seen.append((call.block, round(call.sigma, 3)))
+        return original(call, settled)
+
+    monkeypatch.setattr(reference, "attend_aimed", attend_aimed)
+    return seen
+
+
+def test_a_block_is_probed_once_a_sigma_bin_and_again_in_the_next_run(comfy, configure, probes):
+    configure(AUTO)
+    inputs = qkv(0.1)
+    assert aim.sigma_bin(1.0) == aim.sigma_bin(0.9) + 1 == aim.sigma_bin(0.8) + 1 and aim.sigma_bin(14.6) == 7 and aim.sigma_bin(0.0) == 0
+    last = sample(comfy, inputs, (1.0, 0.9, 0.8, 0.0))
+    assert probes == [(0, 1.0), (1, 1.0), (0, 0.9), (1, 0.9)] and last.calls == {"near_far": 6}
+    probes.clear()
+    sample(comfy, inputs, (0.9, 0.8, 0.0))
+    assert probes == [(0, 0.9), (1, 0.9)]
+
+
+def test_the_records_have_the_density(comfy, configure):
+    configure(AUTO)
+    found = []
+    original = engines.Engine.record
+    try:
+        engines.Engine.record = lambda self, run, step: (found.append(step), original(self, run, step))[1]
+        sample(comfy, qkv(0.1), (1.0, 0.5, 0.0))
+    finally:
+        engines.Engine.record = original
+    densities = [block.observed["density"] for step in found for block in step.blocks]
+    assert len(densities) == 4 and all(min(aim.DENSITIES) * 0.999 <= density <= 0.5 for density in densities)
+
+
+def test_blocks_that_would_be_no_faster_are_exact_and_looked_at_again(comfy, configure, probes):
+    configure(AUTO)
+    last = sample(comfy, qkv(3.0), [1 - 0.01 * step for step in range(7)] + [0.0], blocks=1)
+    # The first evaluation finds out; the next ones are exact; then the block is tried again.
+    again = engines.LOOK_AGAIN
+    assert last.calls == {"near_far": 2, "exact": 5} and again == 4
+    ((reason, count),) = last.fallbacks.items()
+    assert count == 5 and "the error asked for needs 100% exact blocks, which is no faster" in reason
+    assert plan.LARGEST_DENSITY < 1
