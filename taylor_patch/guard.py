@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from taylor_patch.backends.base import Backend, expand_kv
+from taylor_patch.backends.base import Backend, aligned, expand_kv
 from taylor_patch.call import AttentionCall
 
 FIGURES = ("quality_raw", "quality_eff", "q_norm", "k_norm", "logit_p01", "logit_p50", "logit_p99", "logit_max")
@@ -38,8 +38,8 @@ def exact_rows(call: AttentionCall, rows: Tensor) -> Tensor:
     """Exact attention of the query rows `rows` [S]: float32 [B, H, S, D]."""
     heads = call.q.shape[1]
     mask = None if call.key_mask is None else call.key_mask[:, None, None, :].to(call.q.dtype)
-    return F.scaled_dot_product_attention(call.q[:, :, rows], expand_kv(call.k, heads), expand_kv(call.v, heads), attn_mask=mask,
-                                          scale=call.scale).float()
+    k, v = (expand_kv(aligned(x), heads) for x in (call.k, call.v))
+    return F.scaled_dot_product_attention(aligned(call.q[:, :, rows]), k, v, attn_mask=mask, scale=call.scale).float()
 
 
 def relative_error(out: Tensor, reference: Tensor) -> Tensor:

@@ -12,13 +12,15 @@ from hypothesis import strategies as st
 
 import taylor_patch
 from taylor_patch.backends import near_far
-from taylor_patch.backends.base import Fallback
+from taylor_patch.backends.base import Fallback, aligned
 from taylor_patch.backends.near_far import reference
 from taylor_patch.backends.taylor import TaylorOptions
 from taylor_patch.backends.taylor_torch import TaylorTorch
 from taylor_patch.backends.tiles import tile_index
 from taylor_patch.call import AttentionCall, TokenGrid
 from taylor_patch.errors import BackendRefused
+from taylor_patch.guard import exact_rows
+from taylor_patch.testing import cases
 
 GRIDS = [(1, 8, 8), (1, 13, 9), (3, 5, 7), (5, 6, 7)]
 
@@ -310,3 +312,33 @@ def test_public_sdpa_is_exact():
     call = make(50, 16, heads=4, kv_heads=2, dtype=torch.float32, key_mask=key_mask(1, 50))
     out = taylor_patch.attention(call.q, call.k, call.v, backend="sdpa", mask=call.key_mask)
     torch.testing.assert_close(out.double(), exact(call), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("x", "copied"), [
+    (torch.zeros(2, 3, 5, 64), False),
+    (torch.zeros(2, 5, 3, 64).transpose(1, 2), False),
+    (torch.zeros(1, 3, 5, 64).expand(2, -1, -1, -1), False),
+    (torch.zeros(2, 3, 5, 3), False),  # a copy would be no better
+    (torch.zeros(2 * 3 * 5 * 64 + 1)[1:].view(2, 3, 5, 64), True),
+    (torch.zeros(2, 3, 5, 66)[..., :64], True),
+    (torch.zeros(2, 3, 5, 64, 2)[..., 0], True),
+], ids=["heads first", "tokens first", "expanded", "3 values in a row", "offset", "rows of 66 values", "every second value"])
+def test_aligned_copies_what_kernels_cannot_load(x, copied):
+    out = aligned(x)
+    assert (out is not x) == copied and torch.equal(out, x) and out.data_ptr() % 16 == 0
+
+
+@pytest.mark.parametrize("layout", ["data that is not aligned", "last dimension with stride 2"])
+def test_pytorch_s_attention_gets_aligned_rows(layout, monkeypatch):
+    """Its CUDA kernels end in "misaligned address" otherwise, and with them all that the process still does on the GPU."""
+    attend, seen = torch.nn.functional.scaled_dot_product_attention, []
+
+    def checked(q, k, v, **kwargs):
+        seen.append(all(x.data_ptr() % 16 == 0 and x.stride(-1) == 1 for x in (q, k, v)))
+        return attend(q, k, v, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", checked)
+    call = cases.changed(cases.make_call(64, torch.float32, "cpu"), cases.LAYOUTS[layout])
+    assert cases.relative_error(taylor_patch.attention(call.q, call.k, call.v, backend="sdpa"), cases.exact(call)) < 1e-5
+    assert cases.relative_error(exact_rows(call, torch.arange(9)), cases.exact(call)[:, :, :9]) < 1e-5
+    assert seen == [True, True]

@@ -123,3 +123,51 @@ def test_finding(report, kind):
 def test_findings_differ():
     found = [finding for _, _, finding in BROKEN.values()]
     assert len(set(found)) == len(found)
+
+
+BREAKS_THE_DEVICE = """
+import pytest
+import taylor_patch
+import torch
+from taylor_patch.testing import conformance, suite
+
+asked = []
+
+class Demo(taylor_patch.Backend):
+    name, summary = "demo", "leaves the device unusable where rows do not begin at 16 bytes"
+
+    def workspace_nbytes(self, call):
+        return 1 << 30
+
+    def run(self, call):
+        if call.q.data_ptr() % 16:
+            asked.append(call)
+        return taylor_patch.attention(call.q, call.k, call.v, mask=call.key_mask, scale=call.scale, backend="sdpa")
+
+class Plugin:
+    @staticmethod
+    @taylor_patch.hookimpl
+    def taylor_patch_register_backends():
+        return [Demo]
+
+@pytest.fixture(autouse=True, scope="session")
+def a_device_that_breaks():
+    suite.device_error = lambda device: "AcceleratorError: CUDA error: misaligned address" if asked else None
+
+TestDemo = conformance(Plugin, "demo")
+TestOther = conformance("taylor_patch.plugins:BuiltinBackends", "sdpa")
+"""
+
+
+def test_a_broken_device_is_the_finding_of_one_test_only(tmp_path):
+    (tmp_path / "test_all.py").write_text(BREAKS_THE_DEVICE)
+    wanted = [f"test_all.py::{test}" for test in ("TestDemo::test_dtypes", "TestDemo::test_layouts", "TestDemo::test_gqa",
+                                                  "TestOther::test_plainest_call")]
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-rfEs", "--rootdir", tmp_path, *wanted],
+                          cwd=tmp_path, env={**os.environ, "COLUMNS": "400"}, capture_output=True, text=True, timeout=300)
+    name = "test_layouts[data that is not aligned]"
+    assert f"FAILED test_all.py::TestDemo::{name}" in done.stdout, done.stdout + done.stderr
+    assert "accepted the call and then raised RuntimeError: AcceleratorError: CUDA error: misaligned address" in done.stdout
+    assert f'backend "demo": {name} left device cpu unusable for the rest of the process' in done.stdout
+    assert f"not run: test_all.py::TestDemo::{name} left device cpu unusable" in done.stdout
+    assert re.search(r"1 failed, 7 passed, 2 skipped, 1 error", done.stdout), done.stdout

@@ -16,7 +16,7 @@ __all__ = ["conformance"]
 
 
 def conformance(plugin: Any, backend: str, *, options: Mapping[str, Any] | None = None, device: str = "cpu", max_error: float = 0.02,
-                load_seconds: float = 30.0) -> type:
+                load_seconds: float = 30.0, keys_multiple_of: int = 1) -> type:
     """A test class that holds the contract of docs/writing-a-backend.md against one backend.
 
     plugin: what the entry point names ("package.module:Plugin"), or the plugin object.
@@ -26,8 +26,10 @@ def conformance(plugin: Any, backend: str, *, options: Mapping[str, Any] | None 
     max_error: relative L2 error against float64 that float32 may have on easy inputs (logits with a standard deviation of 0.15, keys
     and values smooth over the image); 0.01 is added for float16 and 0.02 for bfloat16.
     load_seconds: time in which the plugin and the backend have to be imported.
+    keys_multiple_of: where the backend refuses other numbers of keys, the calls have such ones; other numbers it must still refuse
+    or do right.
     """
     from taylor_patch.testing.suite import Conformance, Subject
 
-    subject = Subject(plugin, backend, dict(options or {}), device, max_error, load_seconds)
+    subject = Subject(plugin, backend, dict(options or {}), device, max_error, load_seconds, keys_multiple_of)
     return type(f"Conformance_{backend}", (Conformance,), {"subject": subject, "__doc__": f'The contract, held against backend "{backend}".'})

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar, NoReturn
@@ -18,7 +20,7 @@ from taylor_patch.call import AttentionCall
 from taylor_patch.declaration import imported
 from taylor_patch.engine import check_form
 from taylor_patch.plugins import declared, said
-from taylor_patch.testing.cases import LAYOUTS, changed, exact, key_mask, make_call, relative_error
+from taylor_patch.testing.cases import GRID, LAYOUTS, TEXT, changed, exact, key_mask, make_call, relative_error
 from taylor_patch.testing.memory import peak_nbytes
 from taylor_patch.testing.pytest_plugin import measured
 from taylor_patch.time_limit import within
@@ -29,6 +31,9 @@ HEAD_DIMS = (16, 32, 40, 48, 64, 80, 96, 112, 120, 128, 160, 192, 256)
 RAGGED = {"one token": ((1, 1, 1), 0), "63 tokens": ((1, 7, 9), 0), "100 tokens": ((1, 10, 10), 0), "a video with a text": ((3, 5, 9), 4),
           "edge tiles": ((1, 9, 17), 0)}
 WORKSPACE_SLACK_NBYTES = 1 << 16
+
+broke: dict[str, str] = {}
+"""Device -> the test after which it could be used no more in this process."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,7 @@ class Subject:
     device: str
     max_error: float
     load_seconds: float
+    keys_multiple_of: int
 
     def __hash__(self) -> int:
         return id(self)
@@ -81,7 +87,7 @@ def _base_problem(subject: Subject) -> str | None:
         return "the plugin cannot be loaded"
     if subject.device not in backend.devices or backend.unavailable():
         return "; ".join(backend.unavailable()) or f"it is not for {subject.device}"
-    call = make_call(_head_dim(backend), _dtype(backend), subject.device)
+    call = make_call(_head_dim(backend), _dtype(backend), subject.device, text=_text(subject))
     if backend.reasons_against(call):
         return "it refuses the plainest call"
     try:
@@ -99,6 +105,25 @@ def _head_dim(backend: Backend) -> int:
     return next((d for d in (64, 128, *HEAD_DIMS) if d in backend.head_dims), backend.head_dims[0])
 
 
+def _text(subject: Subject) -> int:
+    """Tokens before the grid: TEXT, and as many more as keys_multiple_of asks for."""
+    return TEXT + -(math.prod(GRID) + TEXT) % subject.keys_multiple_of
+
+
+def device_error(device: str) -> str | None:
+    """The error that the work on `device` has ended in, waiting for it; None where all is well.
+
+    After an error such as a misaligned address every later call to CUDA in the process fails, with the same words.
+    """
+    if device == "cpu":
+        return None
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError as error:
+        return said(error).splitlines()[0]
+    return None
+
+
 class Conformance:
     """What docs/writing-a-backend.md asks of a backend. Findings begin with the backend's name."""
 
@@ -107,6 +132,16 @@ class Conformance:
     def finding(self, text: str) -> NoReturn:
         """Fail with one line."""
         pytest.fail(f'backend "{self.subject.name}": {text}', pytrace=False)
+
+    @pytest.fixture(autouse=True)
+    def device_survives(self, request: pytest.FixtureRequest) -> Iterator[None]:
+        """A test that leaves the device unusable gets the finding; the tests after it, of other backends too, say nothing of theirs."""
+        if self.subject.device in broke:
+            pytest.skip(f"not run: {broke[self.subject.device]} left device {self.subject.device} unusable")
+        yield
+        if error := device_error(self.subject.device):
+            broke[self.subject.device] = request.node.nodeid
+            self.finding(f"{request.node.name} left device {self.subject.device} unusable for the rest of the process ({error})")
 
     @pytest.fixture
     def loaded(self) -> Backend:
@@ -126,12 +161,15 @@ class Conformance:
     def call(self, backend: Backend, **changes: Any) -> AttentionCall:
         """The plain call of this backend, changed."""
         dtype, head_dim = changes.pop("dtype", _dtype(backend)), changes.pop("head_dim", _head_dim(backend))
+        changes.setdefault("text", _text(self.subject))
         return make_call(head_dim, dtype, self.subject.device, **changes)
 
     def run(self, backend: Backend, call: AttentionCall, what: str) -> Tensor:
         """The result for a call that the backend accepted, checked for its form."""
         try:
             out = backend.run(call)
+            if error := device_error(self.subject.device):
+                raise RuntimeError(error)
         except Fallback as reason:
             self.finding(f"{what}: accepted the call and then fell back ({reason})")
         except Exception as error:
@@ -281,7 +319,7 @@ class Conformance:
     def test_cross_attention(self, backend: Backend) -> None:
         """Another number of keys than queries: right, or refused where cross_attention is False."""
         does = backend.cross_attention and not backend.needs_grid
-        self.both_ways(backend, self.call(backend, n_kv=117), does, "cross-attention")
+        self.both_ways(backend, self.call(backend, n_kv=117 + -117 % self.subject.keys_multiple_of), does, "cross-attention")
 
     def test_without_a_grid(self, backend: Backend) -> None:
         """Where the token grid is not known: right, or refused where needs_grid is True."""

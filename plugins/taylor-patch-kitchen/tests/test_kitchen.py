@@ -10,7 +10,7 @@ import torch
 from taylor_patch_kitchen import Plugin, SolOptions, library
 from taylor_patch_kitchen.int8 import Int8
 from taylor_patch_kitchen.order import block_order
-from taylor_patch_kitchen.sol import Sol
+from taylor_patch_kitchen.sol import Sol, library_nbytes
 
 import taylor_patch
 from taylor_patch.backends.tiles import BLOCK, tile_index
@@ -19,7 +19,20 @@ from taylor_patch.testing.cases import exact, make_call, relative_error
 
 
 def int8_attention(q, k, v, *, scale=None, attn_mask=None):
-    """What int8_attention asks for, answered exactly."""
+    """What int8_attention asks for: attention with k and v in 8 bits, with one scale for all keys."""
+    assert all(stride > 0 for x in (q, k, v) for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1)
+    k, v = (rounded(x) for x in (k, v))
+    return attention(q, k, v, scale, attn_mask)
+
+
+def rounded(x):
+    """x in 8 bits, with one scale for each head."""
+    scale = x.abs().amax((2, 3), keepdim=True) / 127
+    return (x / scale).round() * scale
+
+
+def attention(q, k, v, scale, attn_mask=None):
+    """Exact attention."""
     assert all(x.dim() == 4 and x.stride(-1) == 1 and x.dtype == q.dtype for x in (q, k, v)) and q.shape[1] % k.shape[1] == 0
     if attn_mask is not None:
         torch.broadcast_to(attn_mask, (q.shape[0], q.shape[1], q.shape[2], k.shape[2]))
@@ -38,7 +51,7 @@ def sol_attn(q, k, v, tau=1.0, scale=None, sink_blocks=None, sink_q=None, key_bi
     live = (torch.arange(64) < block_len[:, None]).flatten()
     out = torch.full_like(q, torch.nan)
     heads_first = [x[:, live].transpose(1, 2) for x in (q, k, v)]
-    out[:, live] = int8_attention(*heads_first, scale=scale).transpose(1, 2)
+    out[:, live] = attention(*heads_first, scale).transpose(1, 2)
     return out
 
 
@@ -136,6 +149,18 @@ def test_missing_library_is_a_reason(monkeypatch):
 @pytest.mark.parametrize(("option", "value"), [("min_tokens", 0), ("topk_ratio", 1.0), ("token_aug", 65)])
 def test_wrong_options_are_named(option, value):
     assert list(SolOptions(**{option: value}).problems()) == [option] and SolOptions().problems() == {}
+
+
+# Bytes that sol_attn_plan of comfy-kitchen 0.2.40 gives for (batch times heads, blocks of 64 tokens, token_aug).
+@pytest.mark.parametrize(("lanes", "blocks", "token_aug", "nbytes"), [(4, 5, 0, 884832), (4, 5, 64, 1085184), (24, 265, 0, 178021392),
+                                                                     (24, 265, 64, 240170112), (24, 265, 256, 242621568)])
+def test_the_workspace_is_the_library_s(lanes, blocks, token_aug, nbytes):
+    assert 0 <= library_nbytes(lanes, blocks, token_aug) - nbytes <= 640
+
+
+def test_the_workspace_covers_what_an_h200_used():
+    used = 2411008
+    assert used <= Sol(SolOptions(min_tokens=1)).workspace_nbytes(make_call(128, torch.float16, "cpu")) <= 1.1 * used
 
 
 def test_few_tokens_are_refused():
