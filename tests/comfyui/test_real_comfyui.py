@@ -49,7 +49,9 @@ def test_exact_runs_are_bit_identical(start, patched_python, plain, env):
 
 @pytest.mark.parametrize("backend", ["near_far", "taylor_torch"])
 def test_named_backend_finishes_repeats_and_counts(start, patched_python, plain, backend):
-    env = {"TAYLOR_PATCH": backend, "TAYLOR_PATCH_MIN_TOKENS": "64", "TAYLOR_PATCH_BACKENDS__TAYLOR_TORCH__P": "2"}
+    # Random weights: what comes of such a model is far from exact with either.
+    env = {"TAYLOR_PATCH": backend, "TAYLOR_PATCH_MIN_TOKENS": "64", "TAYLOR_PATCH_BACKENDS__TAYLOR_TORCH__P": "2",
+           "TAYLOR_PATCH_QUALITY_LIMIT": "0", "TAYLOR_PATCH_BACKENDS__NEAR_FAR__DENSITY": "0.2"}
     with start(patched_python, env) as server:
         for family in FAMILIES:
             first, second = (latent(server, workflow(family)) for _ in range(2))
@@ -66,13 +68,17 @@ def test_the_trained_model(start, patched_python):
     for name in ("0", "near_far"):
         with start(patched_python, {"TAYLOR_PATCH": name, "OMP_NUM_THREADS": "2"}, name=name) as server:
             pictures[name] = latent(server, picture.workflow(128, 12, 17, 0))[0]
-    assert any("near_far 60" in line for line in our_lines(server))
+    lines = our_lines(server)
+    (counts,) = (re.search(r"(?:exact (\d+), )?near_far (\d+)(.*)", line) for line in lines if "model evaluations" in line)
+    # Where a block needs more exact keys for the error asked for than pays, it is exact for some steps.
+    assert int(counts[2]) >= 40 and int(counts[1] or 0) + int(counts[2]) == 60, lines[-1]
+    assert not counts[1] or "which is no faster" in counts[3], lines[-1]
     assert host.psnr(pictures["0"], pictures["near_far"]) >= 28
 
 
 def test_second_door(start, patched_python):
     """`python -m taylor_patch run main.py` patches where the variable that the start-up files read is not set."""
-    env = {"TAYLOR_PATCH_BACKEND": "near_far", "TAYLOR_PATCH_MIN_TOKENS": "64"}
+    env = {"TAYLOR_PATCH_BACKEND": "near_far", "TAYLOR_PATCH_MIN_TOKENS": "64", "TAYLOR_PATCH_BACKENDS__NEAR_FAR__DENSITY": "0.2"}
     with start(patched_python, env, launcher=("-m", "taylor_patch", "run")) as server:
         latent(server, workflow("flux"))
     assert any(re.search("near_far [1-9]", line) for line in our_lines(server))
