@@ -50,6 +50,7 @@ class Settings:
     quality_check_log_every: int = 1
     quality_limit: float = 2.0
     hook: Literal["module", "override"] = "module"
+    override_models: tuple[str, ...] = ()
     memory_reserve: bool | Literal["free_memory"] = True
     memory_reserve_factor: float = 1.1
     memory_reserve_log: bool = True

@@ -86,6 +86,21 @@ def test_both_routes_give_the_same(comfy, configure, form):
     assert handled() == (2 if form in FORMS else 0)
 
 
+@pytest.mark.parametrize(("patterns", "there"), [('["wan*", "flu*"]', True), ('["wan*"]', False), ("[]", False)], ids=str)
+def test_the_slot_for_named_families(comfy, configure, monkeypatch, patterns, there):
+    configure(SPARSE.replace("[backends", f"override_models = {patterns}\n[backends"))
+    monkeypatch.setattr(comfy.samplers.CFGGuider, "model_patcher", SimpleNamespace(model=comfy.model_base.Flux(None)), raising=False)
+    q, k, v = qkv()
+    seen = []
+
+    def body(o):
+        seen.append(SLOT in o)
+        return comfy.attention.optimized_attention(q, k, v, HEADS, transformer_options=o)
+
+    comfy.sample(body)
+    assert seen == [there] and last().calls == {"near_far": 1}
+
+
 def test_gates_hold_by_the_override_too(comfy, configure):
     q, k, v = qkv()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -20,10 +21,13 @@ from taylor_patch.hooks.contract import SLOT
 
 
 @contextmanager
-def in_place(model_options: Any) -> Iterator[None]:
-    """Our override in a sampling run's model options, on top of an earlier one, where `hook = "override"` asks for it."""
+def in_place(model_options: Any, family: str) -> Iterator[None]:
+    """Our override in a sampling run's model options, on top of an earlier one, where `hook = "override"` or, for the model family,
+    `override_models` asks for it."""
     current = engine()
-    if current.config.settings.hook != "override" or current.router.off or not isinstance(model_options, dict):
+    settings = current.config.settings
+    wanted = settings.hook == "override" or any(fnmatchcase(family.lower(), pattern.lower()) for pattern in settings.override_models)
+    if not wanted or current.router.off or not isinstance(model_options, dict):
         yield
         return
     options = model_options.setdefault("transformer_options", {})

@@ -12,6 +12,7 @@ from taylor_patch.hooks import chain
 from taylor_patch.hooks.cold import ColdPatch
 from taylor_patch.hooks.memory import free_before_run
 from taylor_patch.hooks.override import in_place
+from taylor_patch.run import family_of
 
 log = logging.getLogger("taylor_patch")
 
@@ -33,10 +34,16 @@ def _outer_sample(wrapped: Callable[..., Any], instance: Any, args: tuple[Any, .
         chain.report()
     except Exception as error:
         log.debug("taylor_patch: who else patched is not known (%s: %s)", type(error).__name__, error)
-    with engine().run(_schedule(args, kwargs)), in_place(getattr(instance, "model_options", None)):
+    with engine().run(_schedule(args, kwargs)), in_place(getattr(instance, "model_options", None), _family(instance)):
         noise = kwargs.get("noise", args[0] if args else None)
         free_before_run(getattr(instance, "model_patcher", None), getattr(noise, "shape", ()))
         return wrapped(*args, **kwargs)
+
+
+def _family(guider: Any) -> str:
+    """Name of the model family, "" where there is none."""
+    model = getattr(getattr(guider, "model_patcher", None), "model", None)
+    return "" if model is None else family_of(model)
 
 
 def _schedule(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[float]:
