@@ -82,6 +82,7 @@ def test_the_skeleton_of_the_guide(tmp_path):
 @pytest.mark.parametrize("key", [f.name for f in dataclasses.fields(config.Settings)])
 def test_settings_and_their_defaults(key):
     default = getattr(config.Settings(), key)
+    default = list(default) if isinstance(default, tuple) else default
     shown = str(default).lower() if isinstance(default, bool) else f'"{default}"' if isinstance(default, str) else str(default)
     assert f"| `{key}` | `{shown}` |" in text("configuration.md")
 
