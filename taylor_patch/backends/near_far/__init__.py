@@ -118,8 +118,8 @@ class NearFar(Backend):
 
     def too_slow(self, observed: Mapping[str, float]) -> str | None:
         """See Backend.too_slow."""
-        density = observed.get("density", 0.0)
-        return f"the error asked for needs {density:.0%} exact blocks, which is no faster" if density > plan.LARGEST_DENSITY else None
+        needed = observed.get("density", 0.0) > plan.LARGEST_DENSITY
+        return f"the error asked for needs more than {plan.LARGEST_DENSITY:.0%} of the blocks exact, which is no faster" if needed else None
 
     def release(self) -> None:
         """See Backend.release."""

@@ -70,8 +70,8 @@ class Memory:
 
 
 def sigma_bin(sigma: float) -> int:
-    """Eight bins over all noise levels: sigma / (1 + sigma) in eighths, four of them for models whose sigma ends at 1."""
-    return int(8 * sigma / (1 + sigma))
+    """Sixteen bins over all noise levels: sigma / (1 + sigma) in sixteenths, eight of them for models whose sigma ends at 1."""
+    return int(16 * sigma / (1 + sigma))
 
 
 def probe_rows(image_blocks: int, device: torch.device) -> tuple[Tensor, Tensor]:
