@@ -84,7 +84,7 @@ def test_crossovers(monkeypatch):
 
 
 def test_the_router_takes_what_was_measured_here(monkeypatch):
-    q, k, v = (torch.randn(1, 1, 1024, 16) for _ in range(3))
+    q, k, v = (torch.randn(1, 24, 1024, 16) for _ in range(3))
 
     def chosen():
         engines.reset()
@@ -94,6 +94,8 @@ def test_the_router_takes_what_was_measured_here(monkeypatch):
     assert chosen() is None
     calibration.store(CPU, {"near_far": 1000, "taylor_torch": None})
     assert chosen() == "near_far" and calibration.measured(CPU) == {"near_far": 1000, "taylor_torch": None}
+    few = taylor_patch.explain(q[:, :20], k[:, :20], v[:, :20], grid=(1, 32, 32))
+    assert few.backend is None and any("too few heads (20) for 1024 tokens" in reason for reason in few.reasons)
     calibration.store(torch.device("meta"), {"near_far": 5})
     assert chosen() == "near_far"
     calibration.store(CPU, {"near_far": 2000})

@@ -41,6 +41,7 @@ def bench(model: str, size: tuple[int, int] | None, frames: int | None, names: t
     from taylor_patch.bench import measure, shapes
     from taylor_patch.engine import engine
     from taylor_patch.errors import TaylorPatchError, nearest
+    from taylor_patch.router import CROSSOVER_HEADS
 
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device_name == "auto" else device_name)
     router = engine().router
@@ -51,7 +52,7 @@ def bench(model: str, size: tuple[int, int] | None, frames: int | None, names: t
     target = configuration.quality_value(_number(quality) if quality is not None else engine().config.settings.quality)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     if calibrate:
-        found = measure.crossovers(backends, family.heads, family.head_dim, device, dtype, target, seconds,
+        found = measure.crossovers(backends, CROSSOVER_HEADS, family.head_dim, device, dtype, target, seconds,
                                    lambda tokens: click.echo(f"timed {tokens} tokens", err=True))
         file = calibration.store(device, found)
         if as_json:
