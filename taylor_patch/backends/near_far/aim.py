@@ -29,7 +29,7 @@ LINEAR = (0.75, 1.25)
 """Bounds of the factor of the linear term."""
 ROWS = 64
 MARGIN = 0.75
-"""The error of a head is up to a third above that of its 64 rows (docs/accuracy.md)."""
+"""The error of a head may be above that of its 64 rows; with this margin nine heads in ten meet the target (docs/accuracy.md)."""
 SINK_SHARE, SINK_TIMES, SINK_ROWS = 0.02, 8.0, 0.5
 PLACE_STEP, PLACE_FIRST = 27, 5
 """Row i of the probe is place (27 i + 5) mod 64 of block (2 i + 1) blocks / 128: another place of the tile in each block."""
