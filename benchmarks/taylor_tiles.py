@@ -33,7 +33,8 @@ def tiles(kernel: str) -> Iterator[tuned.Tile]:
     if kernel == "evaluate":
         for rows, warps in ((64, 4), (128, 4), (128, 8), (256, 8)):
             for stages in (2, 3, 4):
-                yield tuned.Tile(rows, warps, stages)
+                for blocks in (1, 2):
+                    yield tuned.Tile(rows, warps, stages, blocks)
     else:
         for rows, warps in ((32, 4), (64, 4), (128, 4), (64, 8), (128, 8)):
             for stages in (2, 3, 4):

@@ -207,13 +207,30 @@ def test_nothing_to_attend_to_falls_back():
         TritonFull(TaylorOptions(P=3)).run(call)
 
 
+@pytest.mark.parametrize("limit", [0.0, 0.07, 0.1, 0.29, 0.5, 1.0])
+def test_device_and_host_agree_on_the_limit(limit):
+    """The device leaves the work out exactly where the host then raises: no result that was not computed can be taken for one."""
+    backend = TritonFull(TaylorOptions(denom_fallback_frac_limit=limit))
+    for count in (1, 7, 16, 30, 100, 1536):
+        most = backend.most_bad(count)
+        assert most / count <= limit < (most + 1) / count
+
+
+@pytest.mark.parametrize("most_bad", [16, -1])
+def test_a_failed_probe_leaves_the_rest_undone(monkeypatch, most_bad):
+    call = make(heads=1)
+    monkeypatch.setattr(taylor_launch, "_output", lambda q: torch.full_like(q, math.nan))
+    out, summary = taylor_launch.taylor_attention(call.q, call.k, call.v, None, None, None, call.scale, 4, False, True, 1, 0, 0, False,
+                                                  False, True, 0, 0, 16, most_bad, 1e-6, 128 * MIB)
+    assert summary[0].isfinite().all()
+    assert bool(out.isfinite().all() if most_bad > 0 else out.isnan().all())
+
+
 def test_operators_are_well_formed():
     call = make(heads=1)
-    rows = (None, None, None, call.scale, 3, False, True, 1)
-    arguments = (call.q, call.k, call.v, *rows, 0, 0, False, False, True, 0, 0, 1e-6, 128 * MIB)
-    tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(taylor_launch.taylor_attention, arguments, test_utils=tests)
-    torch.library.opcheck(taylor_launch.taylor_probe, (call.q, call.k, call.v, *rows, 16, 1e-6), test_utils=tests)
+    arguments = (call.q, call.k, call.v, None, None, None, call.scale, 3, False, True, 1, 0, 0, False, False, True, 0, 0)
+    for samples in (0, 16):
+        torch.library.opcheck(taylor_launch.taylor_attention, (*arguments, samples, 0, 1e-6, 128 * MIB), test_utils=("test_schema", "test_faketensor"))
 
 
 def test_full_refuses_what_exceeds_its_workspace():

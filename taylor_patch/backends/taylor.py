@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -247,6 +248,15 @@ class TaylorBackend(Backend):
             factor = factor * norm**-o.qk_norm_power
         return factor
 
+    def most_bad(self, count: int) -> int:
+        """The most of `count` denominators that may be not above eps: the largest n with n / count within the limit, as check_denominators
+        rounds it."""
+        limit = self.options.denom_fallback_frac_limit
+        most = int(limit * count) + 1
+        while most and most / count > limit:
+            most -= 1
+        return most
+
     def check_denominators(self, stats: DenominatorStats, probe: bool) -> None:
         """Keep and log the statistics; raise Fallback when fallback_on_negative is set and the fraction exceeds the limit."""
         o = self.options
@@ -276,7 +286,7 @@ def denominators_of(power_sums: Tensor, hermite: bool) -> Tensor:
     return (coefficient * means / factorials).sum(-1)
 
 
-def stats_of(summary: Tensor, count: int) -> DenominatorStats:
-    """[4] (bad ones, least, greatest, sum) of `count` denominators; one read from the device."""
-    bad, least, greatest, total = summary.tolist()
+def stats_of(summary: Sequence[float], count: int) -> DenominatorStats:
+    """(bad ones, least, greatest, sum) of `count` denominators, as statistics."""
+    bad, least, greatest, total = summary
     return DenominatorStats(count, bad / count, least, greatest, total / count)

@@ -256,6 +256,16 @@ def _lead(base, tokens, ok, leads_ptr, lead, stride_n, stride_d, shift_ptr, root
 
 
 @triton.jit
+def _two_leads(base, tokens, ok, lead, stride_n, stride_d, shift_ptr, scaling, D: tl.constexpr, SHIFT: tl.constexpr):
+    """Leads `lead` (even) and lead + 1 of degree 3 as [tokens, 2], each as _lead has it; one load, so half the addresses."""
+    two = tl.multiple_of(lead, 2) + tl.arange(0, 2)
+    x = _coordinates(base, tokens, two, ok, stride_n, stride_d, D, False) * scaling[:, None]
+    if SHIFT:
+        x -= tl.load(shift_ptr + two, mask=two < D, other=0.0)[None, :]
+    return x
+
+
+@triton.jit
 def _block(block, last_block, pairs_ptr, leads_ptr, inverse_ptr, first_lead, PAIRS: tl.constexpr, PAIRS_PAD: tl.constexpr,
            DEGREE: tl.constexpr):
     """Block number -> its tiles a and b, its lead's place in the table, and its weight (features/tiles.py)."""
@@ -280,9 +290,10 @@ def _block(block, last_block, pairs_ptr, leads_ptr, inverse_ptr, first_lead, PAI
 
 
 @triton.jit
-def _key_weights(k_base, factor_ptr, weight_ptr, weight_row, factor_row, leads_ptr, lead0, lead1, mean_ptr, first, t, n_keys, root, k_sn, k_sd,
-                 D: tl.constexpr, DEGREE: tl.constexpr, CENTER: tl.constexpr, HAS_FACTOR: tl.constexpr, HAS_WEIGHT: tl.constexpr):
-    """Weight times lead monomial of the keys from `first` on, for each of two blocks; zero for keys that are not there or hidden."""
+def _key_weights(k_base, factor_ptr, weight_ptr, weight_row, factor_row, leads_ptr, lead, mean_ptr, first, t, n_keys, root, k_sn, k_sd,
+                 D: tl.constexpr, DEGREE: tl.constexpr, PAIRED: tl.constexpr, CENTER: tl.constexpr, HAS_FACTOR: tl.constexpr,
+                 HAS_WEIGHT: tl.constexpr):
+    """Weight times lead monomial of the keys from `first` on; zero for keys that are not there or hidden. With PAIRED also for the next lead."""
     ok = first + t < n_keys
     w = ok.to(tl.float32)
     if HAS_WEIGHT:
@@ -293,40 +304,64 @@ def _key_weights(k_base, factor_ptr, weight_ptr, weight_row, factor_row, leads_p
         if HAS_FACTOR:
             scaling = tl.load(factor_ptr + factor_row + first + t, mask=ok, other=0.0) * root
         k = k_base + first * k_sn
-        w0 = w * _lead(k, t, ok, leads_ptr, lead0, k_sn, k_sd, mean_ptr, scaling, D, DEGREE, CENTER)
-        w1 = w * _lead(k, t, ok, leads_ptr, lead1, k_sn, k_sd, mean_ptr, scaling, D, DEGREE, CENTER)
+        if PAIRED:
+            w0, w1 = tl.split(_two_leads(k, t, ok, lead, k_sn, k_sd, mean_ptr, scaling, D, CENTER) * w[:, None])
+        else:
+            w0 = w * _lead(k, t, ok, leads_ptr, lead, k_sn, k_sd, mean_ptr, scaling, D, DEGREE, CENTER)
     return w0, w1
 
 
 @triton.jit
-def _accumulate_kernel(k_ptr, v_ptr, factor_ptr, weight_ptr, mean_ptr, norm_ptr, pairs_ptr, leads_ptr, inverse_ptr, s_ptr,
-                       n_keys, per_split, root, ratio, states, first_state, first_block, last_block, first_lead,
+def _store_sums(out, acc, z_acc, weight, stored, f, dv, DV: tl.constexpr, DV_ROW: tl.constexpr, LOW: tl.constexpr):
+    """Features' rows of S and Z, times weight; LOW: the rest of Z beside its rounding."""
+    z = tl.arange(0, 16)
+    dtype = out.dtype.element_ty
+    rows = tl.sum(z_acc, 1) * weight
+    tl.store(out + f[:, None] * (DV_ROW + 16) + dv[None, :], (acc * weight[:, None]).to(dtype), mask=stored[:, None] & (dv < DV)[None, :])
+    low = tl.zeros_like(rows)
+    if LOW:
+        low = rows - rows.to(dtype).to(tl.float32)
+    tail = tl.where(z[None, :] == 0, rows[:, None], tl.where(z[None, :] == 1, low[:, None], 0.0))
+    tl.store(out + DV_ROW + f[:, None] * (DV_ROW + 16) + z[None, :], tail.to(dtype), mask=stored[:, None])
+
+
+@triton.jit
+def _accumulate_kernel(k_ptr, v_ptr, factor_ptr, weight_ptr, mean_ptr, norm_ptr, pairs_ptr, leads_ptr, inverse_ptr, probe_ptr, s_ptr,
+                       n_keys, per_split, root, ratio, most_bad, states, first_state, first_block, last_block, first_lead,
                        k_sb, k_sh, k_sn, k_sd, v_sb, v_sh, v_sn, v_sd, weight_sb,
                        HEADS_KV: tl.constexpr, SUB: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DV_ROW: tl.constexpr, DV_PAD: tl.constexpr,
                        V_FIRST: tl.constexpr, DEGREE: tl.constexpr, PAIRS: tl.constexpr,
                        PAIRS_PAD: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_N: tl.constexpr, EVEN: tl.constexpr, CENTER: tl.constexpr,
-                       HAS_FACTOR: tl.constexpr, HAS_WEIGHT: tl.constexpr, PARTIAL: tl.constexpr, SPLIT_Z: tl.constexpr,
-                       DTYPE: tl.constexpr, PRECISION: tl.constexpr):
-    """BLOCKS (1 or 2) blocks of features [64 * BLOCKS, BLOCK_N] against the values, over one share of the keys.
+                       HAS_FACTOR: tl.constexpr, HAS_WEIGHT: tl.constexpr, PROBED: tl.constexpr, PARTIAL: tl.constexpr,
+                       SPLIT_Z: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """BLOCKS (1 or 2) blocks of 64 features against the values, over one share of the keys.
 
-    s [splits, states, 64 * blocks, DV_ROW + 16]: with PARTIAL float32 sums, Z in the first of the 16 columns; otherwise the
-    finished S and Z in s's dtype. Keys enter as root * factor * k - mean. Every sum is in float32, in a fixed order.
+    Two blocks of degree 2 have two pairs of tiles each and are one product of 128 features. Two of degree 3 are neighbouring leads of one
+    pair (first_block and last_block are even), whose outer product is made once. s [splits, states, 64 * blocks, DV_ROW + 16]: with
+    PARTIAL float32 sums, Z in the first of the 16 columns; otherwise the finished S and Z in s's dtype. Keys enter as
+    root * factor * k - mean. Every sum is in float32, in a fixed order. PROBED: as in _evaluate_kernel.
     """
+    if PROBED:
+        if tl.load(probe_ptr) > most_bad:
+            return
+    PAIRED: tl.constexpr = BLOCKS == 2 and DEGREE == 3
+    TWIN: tl.constexpr = BLOCKS == 2 and DEGREE == 2
+    FEATURES: tl.constexpr = 128 if TWIN else 64
     local, split = tl.program_id(1), tl.program_id(2)
     b, head, sub = _state_index(first_state + local, HEADS_KV, SUB)
     k_base = k_ptr + b * k_sb + head * k_sh + sub * D * k_sd
     v_base = v_ptr + b * v_sb + head * v_sh + (sub * D + V_FIRST) * v_sd
     block = first_block + BLOCKS * tl.program_id(0)
-    a0, b0, lead0, weight0 = _block(block, last_block - 1, pairs_ptr, leads_ptr, inverse_ptr, first_lead, PAIRS, PAIRS_PAD, DEGREE)
-    a1, b1, lead1, weight1 = _block(block + 1, last_block - 1, pairs_ptr, leads_ptr, inverse_ptr, first_lead, PAIRS, PAIRS_PAD, DEGREE)
-    # 16 coordinates a tile of x. Two blocks: their tiles a in x, their tiles b in y. One block: tiles a and b in x.
+    a0, b0, lead, weight0 = _block(block, last_block - 1, pairs_ptr, leads_ptr, inverse_ptr, first_lead, PAIRS, PAIRS_PAD, DEGREE)
+    a1, b1, _, weight1 = _block(block + 1, last_block - 1, pairs_ptr, leads_ptr, inverse_ptr, first_lead, PAIRS, PAIRS_PAD, DEGREE)
+    # 16 coordinates a tile of x: tiles a and b; of twins both tiles a in x, both tiles b in y.
     c = tl.arange(0, 16)
-    f = tl.arange(0, 64 * BLOCKS)
+    f = tl.arange(0, FEATURES)
     z = tl.arange(0, 16)
     t = tl.arange(0, BLOCK_N)
     dv = tl.arange(0, DV_PAD)
     mean = mean_ptr + local * D
-    if BLOCKS == 2:
+    if TWIN:
         columns, right = _columns(a0, a1), _columns(b0, b1)
         right_mean = tl.load(mean + right, mask=right < D, other=0.0)
         spread = (c[None, :] == f[:, None] // 8).to(DTYPE)
@@ -337,13 +372,16 @@ def _accumulate_kernel(k_ptr, v_ptr, factor_ptr, weight_ptr, mean_ptr, norm_ptr,
         spread = (c[None, :] == tl.where(r < 64, r // 8, 8 + r % 8)[:, None]).to(DTYPE)
     column_mean = tl.load(mean + columns, mask=columns < D, other=0.0)
     ones = tl.where(z[None, :] == 0, 1.0, 0.0).to(DTYPE) + tl.zeros([BLOCK_N, 16], DTYPE)
-    acc = tl.zeros([64 * BLOCKS, DV_PAD], tl.float32)
-    z_acc = tl.zeros([64 * BLOCKS, 16], tl.float32)
+    acc = tl.zeros([FEATURES, DV_PAD], tl.float32)
+    z_acc = tl.zeros([FEATURES, 16], tl.float32)
+    if PAIRED:
+        next_acc = tl.zeros([FEATURES, DV_PAD], tl.float32)
+        next_z = tl.zeros([FEATURES, 16], tl.float32)
     begin, end = split * per_split, tl.minimum((split + 1) * per_split, n_keys)
     tl.assume(begin < end)
     # Weights are fetched a step ahead: single columns of k are no loads that the pipeliner takes.
-    w0, w1 = _key_weights(k_base, factor_ptr, weight_ptr, b * weight_sb, (b * HEADS_KV + head) * n_keys, leads_ptr, lead0, lead1, mean,
-                          tl.cast(begin, tl.int64), t, n_keys, root, k_sn, k_sd, D, DEGREE, CENTER, HAS_FACTOR, HAS_WEIGHT)
+    w0, w1 = _key_weights(k_base, factor_ptr, weight_ptr, b * weight_sb, (b * HEADS_KV + head) * n_keys, leads_ptr, lead, mean,
+                          tl.cast(begin, tl.int64), t, n_keys, root, k_sn, k_sd, D, DEGREE, PAIRED, CENTER, HAS_FACTOR, HAS_WEIGHT)
     for start in range(begin, end, BLOCK_N):
         first = tl.cast(start, tl.int64)
         ok = start + t < n_keys
@@ -354,42 +392,43 @@ def _accumulate_kernel(k_ptr, v_ptr, factor_ptr, weight_ptr, mean_ptr, norm_ptr,
         x = _coordinates(k, t, columns, ok, k_sn, k_sd, D, EVEN) * scaling[:, None]
         if CENTER:
             x -= column_mean[None, :]
-        if BLOCKS == 2:
-            x *= tl.where((c < 8)[None, :], w0[:, None], w1[:, None])
+        if TWIN:
+            x *= w0[:, None]
             y = _coordinates(k, t, right, ok, k_sn, k_sd, D, EVEN) * scaling[:, None]
             if CENTER:
                 y -= right_mean[None, :]
-        else:
+        elif not PAIRED:
             x *= tl.where((c < 8)[None, :], w0[:, None], 1.0)
-        w0, w1 = _key_weights(k_base, factor_ptr, weight_ptr, b * weight_sb, (b * HEADS_KV + head) * n_keys, leads_ptr, lead0, lead1, mean,
-                              tl.cast(start + BLOCK_N, tl.int64), t, n_keys, root, k_sn, k_sd, D, DEGREE, CENTER, HAS_FACTOR, HAS_WEIGHT)
+        here0, here1 = w0, w1
+        w0, w1 = _key_weights(k_base, factor_ptr, weight_ptr, b * weight_sb, (b * HEADS_KV + head) * n_keys, leads_ptr, lead, mean,
+                              tl.cast(start + BLOCK_N, tl.int64), t, n_keys, root, k_sn, k_sd, D, DEGREE, PAIRED, CENTER, HAS_FACTOR,
+                              HAS_WEIGHT)
         v = tl.load(v_base + first * v_sn + t[:, None] * v_sn + dv[None, :] * v_sd, mask=ok[:, None] & (dv < DV)[None, :], other=0.0)
-        # [128, 16] @ [16, BLOCK_N], then [64 * BLOCKS, BLOCK_N] @ [BLOCK_N, DV]
+        # [128, 16] @ [16, BLOCK_N], then [FEATURES, BLOCK_N] @ [BLOCK_N, DV]
         psi = tl.dot(spread, tl.trans(x.to(DTYPE)), input_precision=PRECISION)
-        if BLOCKS == 2:
+        if TWIN:
             psi *= tl.dot(spread_right, tl.trans(y.to(DTYPE)), input_precision=PRECISION)
         else:
             upper, lower = tl.split(tl.permute(tl.reshape(psi, [2, 64, BLOCK_N]), (1, 2, 0)))
             psi = upper * lower
+        if PAIRED:
+            following = (psi * here1[None, :]).to(DTYPE)
+            psi *= here0[None, :]
+            next_acc = tl.dot(following, v.to(DTYPE), next_acc, input_precision=PRECISION)
+            next_z = tl.dot(following, ones, next_z, input_precision=PRECISION)
         psi = psi.to(DTYPE)
         acc = tl.dot(psi, v.to(DTYPE), acc, input_precision=PRECISION)
         z_acc = tl.dot(psi, ones, z_acc, input_precision=PRECISION)
     power = tl.load(norm_ptr + local)
     for _ in tl.static_range(DEGREE):
         power *= ratio
-    weight = tl.where(f < 64, weight0, weight1) * power
-    acc *= weight[:, None]
-    rows = tl.sum(z_acc, 1) * weight
-    stored = block + f // 64 < last_block
     n_rows = (last_block - first_block).to(tl.int64) * 64
     out = s_ptr + ((split.to(tl.int64) * states + local) * n_rows + (block - first_block).to(tl.int64) * 64) * (DV_ROW + 16)
-    dtype = s_ptr.dtype.element_ty
-    tl.store(out + f[:, None] * (DV_ROW + 16) + dv[None, :], acc.to(dtype), mask=stored[:, None] & (dv < DV)[None, :])
-    low = tl.zeros([64 * BLOCKS], tl.float32)
-    if SPLIT_Z and not PARTIAL:
-        low = rows - rows.to(dtype).to(tl.float32)
-    tail = tl.where(z[None, :] == 0, rows[:, None], tl.where(z[None, :] == 1, low[:, None], 0.0))
-    tl.store(out + DV_ROW + f[:, None] * (DV_ROW + 16) + z[None, :], tail.to(dtype), mask=stored[:, None])
+    LOW: tl.constexpr = SPLIT_Z and not PARTIAL
+    _store_sums(out, acc, z_acc, tl.where(f < 64, weight0, weight1) * power, block + f // 64 < last_block, f, dv, DV, DV_ROW, LOW)
+    if PAIRED:
+        _store_sums(out + 64 * (DV_ROW + 16), next_acc, next_z, tl.zeros([FEATURES], tl.float32) + weight1 * power, f < 64, f, dv, DV,
+                    DV_ROW, LOW)
 
 
 @triton.jit
@@ -402,21 +441,25 @@ def _outer(x, spread, PRECISION: tl.constexpr):
 
 @triton.jit
 def _evaluate_kernel(q_ptr, factor_ptr, s_ptr, linear_ptr, constant_ptr, z_linear_ptr, pairs_ptr, leads_ptr,
-                     numerator_ptr, denominator_ptr, variance_ptr, out_ptr, stats_ptr,
-                     n_queries, root, eps, first_state, first_block, last_block, first_pair, last_pair, first_lead,
+                     numerator_ptr, denominator_ptr, variance_ptr, probe_ptr, out_ptr, stats_ptr,
+                     n_queries, root, eps, most_bad, first_state, first_block, last_block, first_pair, last_pair, first_lead,
                      q_sb, q_sh, q_sn, q_sd, o_sb, o_sh, o_sn, o_sd,
                      HEADS_KV: tl.constexpr, GROUP: tl.constexpr, SUB: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
                      DV_ROW: tl.constexpr, DV_PAD: tl.constexpr, V_FIRST: tl.constexpr,
-                     P: tl.constexpr, DEGREE: tl.constexpr, BLOCK_M: tl.constexpr, LINEAR_STEP: tl.constexpr, EVEN: tl.constexpr,
-                     HERMITE: tl.constexpr, CENTER: tl.constexpr, HAS_FACTOR: tl.constexpr, SCALED: tl.constexpr, FIRST: tl.constexpr,
-                     FOLD: tl.constexpr, LAST: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
-    """What the blocks first_block <= i < last_block of one degree add to BLOCK_M queries.
+                     P: tl.constexpr, DEGREE: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_M: tl.constexpr, LINEAR_STEP: tl.constexpr, EVEN: tl.constexpr,
+                     HERMITE: tl.constexpr, CENTER: tl.constexpr, HAS_FACTOR: tl.constexpr, SCALED: tl.constexpr, PROBED: tl.constexpr,
+                     FIRST: tl.constexpr, FOLD: tl.constexpr, LAST: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """What the blocks first_block <= i < last_block of one degree add to BLOCK_M queries; of degree 3 BLOCKS (1 or 2) a step.
 
     FIRST: sums start at zero, otherwise they are read from numerator [y, N_q, DV] and denominator [y, N_q] (float32). FOLD: this
     is the end of degree 2, so the variance of the query's logits (twice the sum of weights of degree 2) is known and the
     coefficients with it; degrees 0 and 1 are added. LAST: divide, store, and put the number of denominators that are not above
     eps, the least, the greatest and the sum into stats [y, tiles, 4]. DEGREE 0 stands for P <= 2: only degrees 0 and 1.
+    PROBED: nothing is done where more than most_bad of the probe's denominators, whose statistics begin at probe, are not above eps.
     """
+    if PROBED:
+        if tl.load(probe_ptr) > most_bad:
+            return
     tile, local = tl.program_id(0), tl.program_id(1)
     b, head, sub = _state_index(first_state + local // GROUP, HEADS_KV, SUB)
     q_head = head * GROUP + local % GROUP
@@ -478,17 +521,32 @@ def _evaluate_kernel(q_ptr, factor_ptr, s_ptr, linear_ptr, constant_ptr, z_linea
             both = _outer(x.to(DTYPE), spread, PRECISION) * lead_scaling[:, None]
             begin = tl.maximum(start, first_block)
             tl.assume(begin < end)
-            ahead = _lead(q, m, ok, leads_ptr, begin - start - first_lead, q_sn, q_sd, q_ptr, scaling, D, DEGREE, False)
-            for block in range(begin, end):
-                # Zero, but not known before the products of the last step are done. Without it the next features overwrite
-                # registers that those products still read: the compiler (Triton 3.6) leaves seven of them in flight.
-                done = tl.sum(z_acc, 1) * 0.0
-                psi = (both * (ahead + done)[:, None]).to(DTYPE)
-                following = tl.minimum(block + 1, end - 1) - start - first_lead
-                ahead = _lead(q, m, ok, leads_ptr, following, q_sn, q_sd, q_ptr, scaling, D, DEGREE, False)
-                here = s + (block - first_block) * 64 * (DV_ROW + 16)
-                acc = tl.dot(psi, tl.load(here + dv[None, :], mask=dv_ok, other=0.0).to(DTYPE), acc, input_precision=PRECISION)
-                z_acc = tl.dot(psi, tl.load(here + DV_ROW + z[None, :]).to(DTYPE), z_acc, input_precision=PRECISION)
+            if BLOCKS == 2 and DEGREE == 3:
+                ahead, beyond = tl.split(_two_leads(q, m, ok, begin - start, q_sn, q_sd, q_ptr, scaling, D, False))
+                for block in range(begin, end, 2):
+                    done = tl.sum(z_acc, 1) * 0.0  # as below
+                    psi = (both * (ahead + done)[:, None]).to(DTYPE)
+                    following = (both * (beyond + done)[:, None]).to(DTYPE)
+                    next_lead = tl.minimum(block + 2, end - 2) - start
+                    ahead, beyond = tl.split(_two_leads(q, m, ok, next_lead, q_sn, q_sd, q_ptr, scaling, D, False))
+                    here = s + (block - first_block) * 64 * (DV_ROW + 16)
+                    acc = tl.dot(psi, tl.load(here + dv[None, :], mask=dv_ok, other=0.0).to(DTYPE), acc, input_precision=PRECISION)
+                    z_acc = tl.dot(psi, tl.load(here + DV_ROW + z[None, :]).to(DTYPE), z_acc, input_precision=PRECISION)
+                    here += 64 * (DV_ROW + 16)
+                    acc = tl.dot(following, tl.load(here + dv[None, :], mask=dv_ok, other=0.0).to(DTYPE), acc, input_precision=PRECISION)
+                    z_acc = tl.dot(following, tl.load(here + DV_ROW + z[None, :]).to(DTYPE), z_acc, input_precision=PRECISION)
+            else:
+                ahead = _lead(q, m, ok, leads_ptr, begin - start - first_lead, q_sn, q_sd, q_ptr, scaling, D, DEGREE, False)
+                for block in range(begin, end):
+                    # Zero, but not known before the products of the last step are done. Without it the next features overwrite
+                    # registers that those products still read: the compiler (Triton 3.6) leaves seven of them in flight.
+                    done = tl.sum(z_acc, 1) * 0.0
+                    psi = (both * (ahead + done)[:, None]).to(DTYPE)
+                    next_lead = tl.minimum(block + 1, end - 1) - start - first_lead
+                    ahead = _lead(q, m, ok, leads_ptr, next_lead, q_sn, q_sd, q_ptr, scaling, D, DEGREE, False)
+                    here = s + (block - first_block) * 64 * (DV_ROW + 16)
+                    acc = tl.dot(psi, tl.load(here + dv[None, :], mask=dv_ok, other=0.0).to(DTYPE), acc, input_precision=PRECISION)
+                    z_acc = tl.dot(psi, tl.load(here + DV_ROW + z[None, :]).to(DTYPE), z_acc, input_precision=PRECISION)
     total = tl.sum(z_acc, 1)
     if not FIRST:
         total += tl.load(denominator_ptr + partial + m, mask=ok, other=0.0)

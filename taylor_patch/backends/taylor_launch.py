@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -111,14 +111,15 @@ def _lead_tables(plan: Plan, chunk: Chunk, device: torch.device) -> tuple[Tensor
 
 
 def _accumulate(plan: Plan, chunk: Chunk, first_state: int, states: int, columns: tuple[int, int], moments: _Moments, k: Tensor,
-                v: Tensor, factor: Tensor | None, weight: Tensor | None, root: float, ratio: float, center: bool, dtype: torch.dtype,
-                store: torch.dtype, denom_fp32: bool, block_k: int, leads: tuple[Tensor | None, Tensor | None, int]) -> Tensor:
+                v: Tensor, factor: Tensor | None, weight: Tensor | None, probe: _Probe, root: float, ratio: float, center: bool,
+                dtype: torch.dtype, store: torch.dtype, denom_fp32: bool, block_k: int,
+                leads: tuple[Tensor | None, Tensor | None, int]) -> Tensor:
     """S and Z [states, 64 * blocks, row] of a chunk, in `store`."""
     from taylor_patch.backends import taylor_kernels as kernels
 
     width = columns[1] - columns[0]
     padded = _ceil_power_of_two(width)
-    tile = tuned.choose("accumulate", _arch(k.device), padded, item_nbytes(dtype), block_k)
+    tile = tuned.choose("accumulate", _arch(k.device), chunk.degree, padded, item_nbytes(dtype), block_k)
     programs = -(-chunk.blocks // tile.blocks)
     share, splits = _shares(plan.n_keys, plan.splits(states * -(-chunk.blocks // 2)), tile.rows)
     shape = (states, chunk.blocks * BLOCK, -(-width // 16) * 16 + 16)
@@ -126,12 +127,13 @@ def _accumulate(plan: Plan, chunk: Chunk, first_state: int, states: int, columns
     target = out if splits == 1 else torch.empty(splits, *shape, dtype=torch.float32, device=k.device)
     pairs = pair_table(plan.dim, chunk.degree, k.device)
     kernels._accumulate_kernel[(programs, states, splits)](
-        k, v, factor, weight, moments.mean, moments.norm, pairs, leads[0], leads[1], target,
-        plan.n_keys, share, root, ratio, states, first_state, chunk.first, chunk.last, leads[2], *k.stride(), *v.stride(),
+        k, v, factor, weight, moments.mean, moments.norm, pairs, leads[0], leads[1], probe.stats, target,
+        plan.n_keys, share, root, ratio, probe.most_bad, states, first_state, chunk.first, chunk.last, leads[2], *k.stride(), *v.stride(),
         _weight_stride(weight), **_geometry(plan), DV=width, DV_ROW=shape[2] - 16, DV_PAD=padded, V_FIRST=columns[0],
         DEGREE=chunk.degree, PAIRS=len(pairs), PAIRS_PAD=_ceil_power_of_two(len(pairs)), BLOCKS=tile.blocks, BLOCK_N=tile.rows,
-        EVEN=plan.dim % 8 == 0, CENTER=center, HAS_FACTOR=factor is not None, HAS_WEIGHT=weight is not None, PARTIAL=splits > 1,
-        SPLIT_Z=denom_fp32, **_precision(dtype), num_warps=tile.warps, num_stages=tile.stages)
+        EVEN=plan.dim % 8 == 0, CENTER=center, HAS_FACTOR=factor is not None, HAS_WEIGHT=weight is not None,
+        PROBED=probe.stats is not None, PARTIAL=splits > 1, SPLIT_Z=denom_fp32, **_precision(dtype), num_warps=tile.warps,
+        num_stages=tile.stages)
     if splits > 1:
         total = target.sum(0)
         out.copy_(total)
@@ -143,7 +145,7 @@ def _accumulate(plan: Plan, chunk: Chunk, first_state: int, states: int, columns
 
 def _evaluate(plan: Plan, chunk: Chunk, number: int, first_state: int, states: int, columns: tuple[int, int], moments: _Moments,
               s: Tensor | None, q: Tensor, factor: Tensor | None, partial: tuple[Tensor | None, Tensor | None, Tensor | None],
-              out: Tensor, stats: Tensor, root: float, center: bool, eps: float, dtype: torch.dtype, tile: tuned.Tile,
+              probe: _Probe, out: Tensor, stats: Tensor, root: float, center: bool, eps: float, dtype: torch.dtype, tile: tuned.Tile,
               leads: tuple[Tensor | None, Tensor | None, int]) -> None:
     """Add a chunk's part to every query of the group; the first chunk starts and the last one finishes them."""
     from taylor_patch.backends import taylor_kernels as kernels
@@ -155,13 +157,13 @@ def _evaluate(plan: Plan, chunk: Chunk, number: int, first_state: int, states: i
     first_pair, last_pair = (shape.pair_of(chunk.first), shape.pair_of(chunk.last - 1) + 1) if shape else (0, 0)
     pairs = pair_table(plan.dim, chunk.degree, q.device) if chunk.degree else None
     kernels._evaluate_kernel[(-(-plan.n_queries // tile.rows), states * plan.group)](
-        q, factor, s, moments.linear, moments.constant, moments.z_linear, pairs, leads[0], *partial, out, stats,
-        plan.n_queries, root, eps, first_state, chunk.first, chunk.last, first_pair, last_pair, leads[2],
+        q, factor, s, moments.linear, moments.constant, moments.z_linear, pairs, leads[0], *partial, probe.stats, out, stats,
+        plan.n_queries, root, eps, probe.most_bad, first_state, chunk.first, chunk.last, first_pair, last_pair, leads[2],
         *q.stride(), *out.stride(), **_geometry(plan), GROUP=plan.group, DV=width, DV_ROW=-(-width // 16) * 16,
-        DV_PAD=_ceil_power_of_two(width), V_FIRST=columns[0], P=plan.terms, DEGREE=chunk.degree, BLOCK_M=tile.rows,
+        DV_PAD=_ceil_power_of_two(width), V_FIRST=columns[0], P=plan.terms, DEGREE=chunk.degree, BLOCKS=tile.blocks, BLOCK_M=tile.rows,
         LINEAR_STEP=min(64, _ceil_power_of_two(plan.dim)), EVEN=plan.dim % 8 == 0, HERMITE=plan.hermite, CENTER=center,
-        HAS_FACTOR=factor is not None, SCALED=dtype == torch.float16 or factor is not None, FIRST=number == 0,
-        FOLD=chunk.degree <= 2 and (last or chunks[number + 1].degree > 2), LAST=last, **_precision(dtype),
+        HAS_FACTOR=factor is not None, SCALED=dtype == torch.float16 or factor is not None, PROBED=probe.stats is not None,
+        FIRST=number == 0, FOLD=chunk.degree <= 2 and (last or chunks[number + 1].degree > 2), LAST=last, **_precision(dtype),
         num_warps=tile.warps, num_stages=tile.stages)
 
 
@@ -183,15 +185,18 @@ def _output(q: Tensor) -> Tensor:
 @torch.library.custom_op("taylor_patch::taylor_attention", mutates_args=(), schema=(
     "(Tensor q, Tensor k, Tensor v, Tensor? q_factor, Tensor? k_factor, Tensor? key_weight, float scale, int terms, bool hermite, "
     "bool center, int sub_head_blocks, int feature_chunk, int value_chunk, bool s_store_bf16, bool force_fp32, bool denom_fp32, "
-    "int block_q, int block_k, float eps, int workspace_limit) -> (Tensor, Tensor)"))
+    "int block_q, int block_k, int samples, int most_bad, float eps, int workspace_limit) -> (Tensor, Tensor)"))
 def taylor_attention(q, k, v, q_factor, k_factor, key_weight, scale, terms, hermite, center, sub_head_blocks,  # type: ignore[no-untyped-def]
-                     feature_chunk, value_chunk, s_store_bf16, force_fp32, denom_fp32, block_q, block_k, eps, workspace_limit):
+                     feature_chunk, value_chunk, s_store_bf16, force_fp32, denom_fp32, block_q, block_k, samples, most_bad, eps,
+                     workspace_limit):
     """Global Taylor attention.
 
     q: [B, H, N_q, D]; k, v: [B, H_kv, N_kv, D], fp16, bf16 or fp32, any strides; q_factor [B, H, N_q], k_factor [B, H_kv, N_kv]:
     float32 factors of rows, or None; key_weight: [B or 1, N_kv] float32 weights in 0 to 1, or None.
-    Returns out [B, H, N_q, D] in q's dtype, and [4] float32: how many denominators are not above eps, least, greatest, sum.
-    Without keys of positive weight, the result is NaN and every denominator counts as bad.
+    samples: queries a head that are probed first, 0 for none; where more than most_bad of their denominators are not above eps, the rest of
+    the work is left out, which the device decides without the host, and the result is not to be used.
+    Returns out [B, H, N_q, D] in q's dtype, and [2, 4] float32, of the probe and of all queries: how many denominators are not above
+    eps, least, greatest, sum. Without keys of positive weight, the result is NaN and every denominator counts as bad.
     """
     plan = make_plan(q.shape, k.shape, q.dtype, terms, hermite, sub_head_blocks, feature_chunk, value_chunk, s_store_bf16, force_fp32,
                      workspace_limit)
@@ -200,23 +205,36 @@ def taylor_attention(q, k, v, q_factor, k_factor, key_weight, scale, terms, herm
     root, ratio = split_scale(scale, scaled)
     store = torch.bfloat16 if s_store_bf16 else dtype
     out = _output(q)
-    tile = tuned.choose("evaluate", _arch(q.device), _ceil_power_of_two(plan.width), item_nbytes(dtype), block_q)
+    summary = torch.empty(2, 4, dtype=torch.float32, device=q.device)
+    tile = tuned.choose("evaluate", _arch(q.device), 0, _ceil_power_of_two(plan.width), item_nbytes(dtype), block_q)
     stats = torch.empty(plan.states * plan.group, -(-plan.n_queries // tile.rows), 4, dtype=torch.float32, device=q.device)
+
+    def moments_of(first_state: int, states: int, columns: tuple[int, int]) -> _Moments:
+        return _Moments(plan, first_state, states, columns, k, v, k_factor, key_weight, root, ratio, center, dtype)
+
+    kept, probe = None, _Probe(None, 0.0)
+    if samples:
+        shared = plan.states_at_once == plan.states
+        kept = moments_of(0, plan.states, plan.value_columns[0] if shared else (0, min(16, plan.width)))
+        _probe(plan, kept.mean, q, k, q_factor, k_factor, key_weight, scale, root, center, min(samples, plan.n_queries), eps, dtype, summary[0])
+        kept, probe = kept if shared else None, _Probe(summary, float(most_bad))
     for columns in plan.value_columns:
         for first_state in range(0, plan.states, plan.states_at_once):
             states = min(plan.states_at_once, plan.states - first_state)
-            moments = _Moments(plan, first_state, states, columns, k, v, k_factor, key_weight, root, ratio, center, dtype)
+            moments = kept or moments_of(first_state, states, columns)
+            kept = None
             partial = _partial_sums(plan, states, columns[1] - columns[0], q.device)
             for number, chunk in enumerate(plan.chunks):
                 leads = _lead_tables(plan, chunk, q.device)
                 s = None
                 if chunk.blocks:
-                    s = _accumulate(plan, chunk, first_state, states, columns, moments, k, v, k_factor, key_weight, root, ratio, center,
-                                    dtype, store, denom_fp32, block_k, leads)
-                _evaluate(plan, chunk, number, first_state, states, columns, moments, s, q, q_factor, partial, out, stats, root, center,
-                          eps, dtype, tile, leads)
+                    s = _accumulate(plan, chunk, first_state, states, columns, moments, k, v, k_factor, key_weight, probe, root, ratio,
+                                    center, dtype, store, denom_fp32, block_k, leads)
+                _evaluate(plan, chunk, number, first_state, states, columns, moments, s, q, q_factor, partial, probe, out, stats, root,
+                          center, eps, dtype, tile, leads)
                 del s
-    return out, _summarise(stats)
+    _summarise(stats, summary[1])
+    return out, summary
 
 
 def _partial_sums(plan: Plan, states: int, width: int, device: torch.device) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -228,49 +246,43 @@ def _partial_sums(plan: Plan, states: int, width: int, device: torch.device) -> 
             torch.empty(rows, dtype=torch.float32, device=device) if plan.hermite else None)
 
 
-def _summarise(stats: Tensor) -> Tensor:
-    """[..., 4] of parts -> [4]: number of bad ones, least, greatest, sum."""
+def _summarise(stats: Tensor, out: Tensor) -> None:
+    """[..., 4] of parts -> out [4]: number of bad ones, least, greatest, sum."""
     from taylor_patch.backends import taylor_kernels as kernels
 
-    out = torch.empty(4, dtype=torch.float32, device=stats.device)
     kernels._stats_kernel[(1,)](stats, out, stats.numel() // 4, BLOCK=1024, num_warps=8)
-    return out
 
 
 @taylor_attention.register_fake
 def _(q, k, v, q_factor, k_factor, key_weight, scale, terms, *options):  # type: ignore[no-untyped-def]
-    return _output(q), q.new_empty(4, dtype=torch.float32)
+    return _output(q), q.new_empty(2, 4, dtype=torch.float32)
 
 
-@torch.library.custom_op("taylor_patch::taylor_probe", mutates_args=(), schema=(
-    "(Tensor q, Tensor k, Tensor v, Tensor? q_factor, Tensor? k_factor, Tensor? key_weight, float scale, int terms, bool hermite, "
-    "bool center, int sub_head_blocks, int samples, float eps) -> Tensor"))
-def taylor_probe(q, k, v, q_factor, k_factor, key_weight, scale, terms, hermite, center, sub_head_blocks, samples, eps):  # type: ignore[no-untyped-def]
+class _Probe(NamedTuple):
+    """Where the statistics of the probe's denominators lie on the device, None without a probe, and how many may be bad."""
+
+    stats: Tensor | None
+    most_bad: float
+
+
+def _probe(plan: Plan, mean: Tensor, q: Tensor, k: Tensor, q_factor: Tensor | None, k_factor: Tensor | None, key_weight: Tensor | None,
+           scale: float, root: float, center: bool, samples: int, eps: float, dtype: torch.dtype, out: Tensor) -> None:
     """Denominators of `samples` evenly spaced queries a head, from the logits themselves: no features, one pass over the keys.
 
-    Arguments as in taylor_attention. Returns [4] float32: how many are not above eps, least, greatest, sum.
+    mean [states, dim] of root * k. out [4]: how many are not above eps, least, greatest, sum.
     """
     from taylor_patch.backends import taylor_kernels as kernels
 
-    plan = make_plan(q.shape, k.shape, q.dtype, terms, hermite, sub_head_blocks, 0, 0, False, False, 0)
-    samples = min(samples, plan.n_queries)
-    root, _ = split_scale(scale, False)
-    moments = _Moments(plan, 0, plan.states, (0, min(16, plan.dim)), k, v, k_factor, key_weight, root, 1.0, center, q.dtype)
     rows = plan.states * plan.group
     share, splits = _shares(plan.n_keys, plan.splits(rows), PROBE_KEYS)
     padded = _ceil_power_of_two(samples)
-    sums = torch.empty(splits, rows, terms, padded, dtype=torch.float32, device=q.device)
+    sums = torch.empty(splits, rows, plan.terms, padded, dtype=torch.float32, device=q.device)
     kernels._probe_kernel[(rows, splits)](
-        q, k, q_factor, k_factor, key_weight, moments.mean, sums, plan.n_queries, plan.n_keys, share, samples,
+        q, k, q_factor, k_factor, key_weight, mean, sums, plan.n_queries, plan.n_keys, share, samples,
         root, scale / root, *q.stride(), *k.stride(), _weight_stride(key_weight), **_geometry(plan), GROUP=plan.group,
-        D_PAD=_ceil_power_of_two(plan.dim), SAMPLES=padded, P=terms, P_PAD=1 << (terms - 1).bit_length(), BLOCK_N=PROBE_KEYS,
+        D_PAD=_ceil_power_of_two(plan.dim), SAMPLES=padded, P=plan.terms, P_PAD=1 << (plan.terms - 1).bit_length(), BLOCK_N=PROBE_KEYS,
         HAS_Q_FACTOR=q_factor is not None, HAS_K_FACTOR=k_factor is not None, HAS_WEIGHT=key_weight is not None, CENTER=center,
-        **_precision(q.dtype), num_warps=4, num_stages=_stages(q.dtype))
+        **_precision(dtype), num_warps=4, num_stages=_stages(dtype))
     stats = torch.empty(rows, 4, dtype=torch.float32, device=q.device)
-    kernels._probe_finish_kernel[(rows,)](sums, stats, splits, samples, eps, SAMPLES=padded, P=terms, HERMITE=plan.hermite, num_warps=1)
-    return _summarise(stats)
-
-
-@taylor_probe.register_fake
-def _(q, *rest):  # type: ignore[no-untyped-def]
-    return q.new_empty(4, dtype=torch.float32)
+    kernels._probe_finish_kernel[(rows,)](sums, stats, splits, samples, eps, SAMPLES=padded, P=plan.terms, HERMITE=plan.hermite, num_warps=1)
+    _summarise(stats, out)

@@ -77,7 +77,8 @@ class Plan:
         found = []
         for degree in range(2, self.terms):
             blocks = layout(self.dim, degree).blocks
-            step = max(2, self.feature_chunk // BLOCK) if self.feature_chunk else blocks
+            # Even, because two neighbouring blocks may be worked on together.
+            step = max(2, self.feature_chunk // (2 * BLOCK) * 2) if self.feature_chunk else blocks
             found += [Chunk(degree, first, min(first + step, blocks)) for first in range(0, blocks, step)]
         return tuple(found) or (Chunk(0, 0, 0),)
 

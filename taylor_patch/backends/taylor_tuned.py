@@ -9,7 +9,8 @@ from dataclasses import dataclass
 class Tile:
     """rows: queries (evaluate) or keys (accumulate) a step; warps and software-pipeline stages of a program.
 
-    blocks: blocks of 64 features that a program of accumulate holds, 1 or 2.
+    blocks: blocks of 64 features that a program of accumulate holds, and that evaluate takes a step in degree 3; 1 or 2, and from
+    degree 4 on always 1.
     """
 
     rows: int
@@ -23,6 +24,8 @@ Table = dict[tuple[int, int], dict[int, Tile]]
 
 EVALUATE: Table = {(9, 0): {32: Tile(128, 4, 3), 64: Tile(128, 4, 3), 128: Tile(64, 4, 3), 256: Tile(64, 8, 2)}}
 ACCUMULATE: Table = {(9, 0): {32: Tile(64, 4, 3, 1), 64: Tile(64, 4, 3), 128: Tile(64, 4, 3, 1), 256: Tile(32, 8, 2)}}
+ACCUMULATE_DEGREE_3: Table = {(9, 0): {32: Tile(64, 4, 3), 64: Tile(64, 4, 3), 128: Tile(64, 4, 3, 1), 256: Tile(32, 8, 2)}}
+"""Two blocks of degree 3 share more than two of degree 2 do."""
 
 DEFAULT = Tile(64, 4, 2)
 """Where nothing was measured."""
@@ -32,11 +35,12 @@ FLOAT32 = {"evaluate": Tile(64, 8, 1), "accumulate": Tile(32, 8, 1, blocks=1)}
 """Float32 features: three tensor-core products in place of one, so registers are short. 64 queries are what Hopper's products need."""
 
 
-def choose(kernel: str, arch: tuple[int, int], value_width: int, item_nbytes: int, rows: int) -> Tile:
-    """The tile of "evaluate" or "accumulate" for an architecture and a padded value width. rows: block_size of the options, 0 for ours."""
+def choose(kernel: str, arch: tuple[int, int], degree: int, value_width: int, item_nbytes: int, rows: int) -> Tile:
+    """The tile of "evaluate" or "accumulate" for an architecture and a padded value width. degree: of the features, 0 where one tile
+    serves all degrees. rows: block_size of the options, 0 for ours."""
     if item_nbytes == 4:
         tile = FLOAT32[kernel]
     else:
-        table = EVALUATE if kernel == "evaluate" else ACCUMULATE
+        table = EVALUATE if kernel == "evaluate" else ACCUMULATE_DEGREE_3 if degree >= 3 else ACCUMULATE
         tile = table.get(arch, {}).get(max(value_width, 32), WIDE if value_width > 128 else DEFAULT)
-    return Tile(rows, tile.warps if rows >= 16 * tile.warps else 4, tile.stages, tile.blocks) if rows else tile
+    return Tile(rows or tile.rows, tile.warps if rows == 0 or rows >= 16 * tile.warps else 4, tile.stages, tile.blocks if degree <= 3 else 1)

@@ -70,25 +70,26 @@ class TritonTaylor(TaylorBackend):
         return self.plan(call).nbytes(bool(o.auto_tune or o.qk_normalize or o.qk_norm_clip or o.qk_norm_power), call.key_mask is not None)
 
     def attend(self, call: AttentionCall) -> Tensor:
-        """See TaylorBackend.attend. The device is read once at the end, and once more before the work with early_probe."""
-        from taylor_patch.backends.taylor_launch import taylor_attention, taylor_probe
+        """See TaylorBackend.attend. The device is read once, at the end: a probe that fails stops the work on the device itself."""
+        from taylor_patch.backends.taylor_launch import taylor_attention
 
         o = self.options
         self._announce(call)
-        hermite, scale = o.coefficients == "hermite", self.scale(call)
         rows = (self.norm_factor(call.q, call.sigma), self.norm_factor(call.k, call.sigma),
                 None if call.key_mask is None else mask_weight(call.key_mask))
         batch, heads, n_queries, _ = call.q.shape
+        states = batch * heads * o.sub_head_blocks
         decides = o.fallback_on_negative and not torch.compiler.is_compiling()
-        if o.early_probe and decides:
-            samples = min(o.probe_samples, n_queries)
-            summary = taylor_probe(call.q, call.k, call.v, *rows, scale, o.P, hermite, o.center_keys, o.sub_head_blocks, samples, o.eps)
-            self.check_denominators(stats_of(summary, batch * heads * o.sub_head_blocks * samples), probe=True)
-        out, summary = taylor_attention(call.q, call.k, call.v, *rows, scale, o.P, hermite, o.center_keys, o.sub_head_blocks,
-                                        self.feature_chunk, o.fused_value_chunk_size, o.s_store_bf16, o.force_fp32, o.denom_fp32,
-                                        _size(o.block_size_q), _size(o.block_size_k), o.eps, self.workspace_limit)
+        samples = min(o.probe_samples, n_queries) if o.early_probe and decides else 0
+        out, summary = taylor_attention(
+            call.q, call.k, call.v, *rows, self.scale(call), o.P, o.coefficients == "hermite", o.center_keys, o.sub_head_blocks,
+            self.feature_chunk, o.fused_value_chunk_size, o.s_store_bf16, o.force_fp32, o.denom_fp32, _size(o.block_size_q),
+            _size(o.block_size_k), samples, self.most_bad(states * samples) if samples else 0, o.eps, self.workspace_limit)
         if decides:
-            self.check_denominators(stats_of(summary, batch * heads * o.sub_head_blocks * n_queries), probe=False)
+            probed, full = summary.tolist()
+            if samples:
+                self.check_denominators(stats_of(probed, states * samples), probe=True)
+            self.check_denominators(stats_of(full, states * n_queries), probe=False)
         return out
 
     def _announce(self, call: AttentionCall) -> None:
