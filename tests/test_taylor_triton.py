@@ -230,7 +230,8 @@ def test_operators_are_well_formed():
     call = make(heads=1)
     arguments = (call.q, call.k, call.v, None, None, None, call.scale, 3, False, True, 1, 0, 0, False, False, True, 0, 0)
     for samples in (0, 16):
-        torch.library.opcheck(taylor_launch.taylor_attention, (*arguments, samples, 0, 1e-6, 128 * MIB), test_utils=("test_schema", "test_faketensor"))
+        torch.library.opcheck(taylor_launch.taylor_attention, (*arguments, samples, 0, 1e-6, 128 * MIB),
+                              test_utils=("test_schema", "test_faketensor"))
 
 
 def test_full_refuses_what_exceeds_its_workspace():

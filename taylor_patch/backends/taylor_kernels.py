@@ -293,7 +293,7 @@ def _block(block, last_block, pairs_ptr, leads_ptr, inverse_ptr, first_lead, PAI
 def _key_weights(k_base, factor_ptr, weight_ptr, weight_row, factor_row, leads_ptr, lead, mean_ptr, first, t, n_keys, root, k_sn, k_sd,
                  D: tl.constexpr, DEGREE: tl.constexpr, PAIRED: tl.constexpr, CENTER: tl.constexpr, HAS_FACTOR: tl.constexpr,
                  HAS_WEIGHT: tl.constexpr):
-    """Weight times lead monomial of the keys from `first` on; zero for keys that are not there or hidden. With PAIRED also for the next lead."""
+    """Weight times lead monomial of the keys from `first` on; zero for keys that are not there or hidden. PAIRED: for the next lead too."""
     ok = first + t < n_keys
     w = ok.to(tl.float32)
     if HAS_WEIGHT:
@@ -341,7 +341,7 @@ def _accumulate_kernel(k_ptr, v_ptr, factor_ptr, weight_ptr, mean_ptr, norm_ptr,
     PARTIAL float32 sums, Z in the first of the 16 columns; otherwise the finished S and Z in s's dtype. Keys enter as
     root * factor * k - mean. Every sum is in float32, in a fixed order. PROBED: as in _evaluate_kernel.
     """
-    if PROBED:
+    if PROBED:  # noqa: SIM102 (only compiled where there is a probe)
         if tl.load(probe_ptr) > most_bad:
             return
     PAIRED: tl.constexpr = BLOCKS == 2 and DEGREE == 3
@@ -446,8 +446,8 @@ def _evaluate_kernel(q_ptr, factor_ptr, s_ptr, linear_ptr, constant_ptr, z_linea
                      q_sb, q_sh, q_sn, q_sd, o_sb, o_sh, o_sn, o_sd,
                      HEADS_KV: tl.constexpr, GROUP: tl.constexpr, SUB: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
                      DV_ROW: tl.constexpr, DV_PAD: tl.constexpr, V_FIRST: tl.constexpr,
-                     P: tl.constexpr, DEGREE: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_M: tl.constexpr, LINEAR_STEP: tl.constexpr, EVEN: tl.constexpr,
-                     HERMITE: tl.constexpr, CENTER: tl.constexpr, HAS_FACTOR: tl.constexpr, SCALED: tl.constexpr, PROBED: tl.constexpr,
+                     P: tl.constexpr, DEGREE: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_M: tl.constexpr, LINEAR_STEP: tl.constexpr,
+                     EVEN: tl.constexpr, HERMITE: tl.constexpr, CENTER: tl.constexpr, HAS_FACTOR: tl.constexpr, SCALED: tl.constexpr, PROBED: tl.constexpr,
                      FIRST: tl.constexpr, FOLD: tl.constexpr, LAST: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
     """What the blocks first_block <= i < last_block of one degree add to BLOCK_M queries; of degree 3 BLOCKS (1 or 2) a step.
 
@@ -457,7 +457,7 @@ def _evaluate_kernel(q_ptr, factor_ptr, s_ptr, linear_ptr, constant_ptr, z_linea
     eps, the least, the greatest and the sum into stats [y, tiles, 4]. DEGREE 0 stands for P <= 2: only degrees 0 and 1.
     PROBED: nothing is done where more than most_bad of the probe's denominators, whose statistics begin at probe, are not above eps.
     """
-    if PROBED:
+    if PROBED:  # noqa: SIM102 (only compiled where there is a probe)
         if tl.load(probe_ptr) > most_bad:
             return
     tile, local = tl.program_id(0), tl.program_id(1)
