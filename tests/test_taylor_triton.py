@@ -220,8 +220,8 @@ def test_device_and_host_agree_on_the_limit(limit):
 def test_a_failed_probe_leaves_the_rest_undone(monkeypatch, most_bad):
     call = make(heads=1)
     monkeypatch.setattr(taylor_launch, "_output", lambda q: torch.full_like(q, math.nan))
-    out, summary = taylor_launch.taylor_attention(call.q, call.k, call.v, None, None, None, call.scale, 4, False, True, 1, 0, 0, False,
-                                                  False, True, 0, 0, 16, most_bad, 1e-6, 128 * MIB)
+    out, summary = taylor_launch.attend(call.q, call.k, call.v, None, None, None, call.scale, 4, False, True, 1, 0, 0, False,
+                                        False, True, 0, 0, 16, most_bad, 1e-6, 128 * MIB)
     assert summary[0].isfinite().all()
     assert bool(out.isfinite().all() if most_bad > 0 else out.isnan().all())
 

@@ -447,8 +447,9 @@ def _evaluate_kernel(q_ptr, factor_ptr, s_ptr, linear_ptr, constant_ptr, z_linea
                      HEADS_KV: tl.constexpr, GROUP: tl.constexpr, SUB: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
                      DV_ROW: tl.constexpr, DV_PAD: tl.constexpr, V_FIRST: tl.constexpr,
                      P: tl.constexpr, DEGREE: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_M: tl.constexpr, LINEAR_STEP: tl.constexpr,
-                     EVEN: tl.constexpr, HERMITE: tl.constexpr, CENTER: tl.constexpr, HAS_FACTOR: tl.constexpr, SCALED: tl.constexpr, PROBED: tl.constexpr,
-                     FIRST: tl.constexpr, FOLD: tl.constexpr, LAST: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+                     EVEN: tl.constexpr, HERMITE: tl.constexpr, CENTER: tl.constexpr, HAS_FACTOR: tl.constexpr, SCALED: tl.constexpr,
+                     PROBED: tl.constexpr, FIRST: tl.constexpr, FOLD: tl.constexpr, LAST: tl.constexpr, DTYPE: tl.constexpr,
+                     PRECISION: tl.constexpr):
     """What the blocks first_block <= i < last_block of one degree add to BLOCK_M queries; of degree 3 BLOCKS (1 or 2) a step.
 
     FIRST: sums start at zero, otherwise they are read from numerator [y, N_q, DV] and denominator [y, N_q] (float32). FOLD: this

@@ -133,7 +133,7 @@ def _accumulate(plan: Plan, chunk: Chunk, first_state: int, states: int, columns
         DEGREE=chunk.degree, PAIRS=len(pairs), PAIRS_PAD=_ceil_power_of_two(len(pairs)), BLOCKS=tile.blocks, BLOCK_N=tile.rows,
         EVEN=plan.dim % 8 == 0, CENTER=center, HAS_FACTOR=factor is not None, HAS_WEIGHT=weight is not None,
         PROBED=probe.stats is not None, PARTIAL=splits > 1, SPLIT_Z=denom_fp32, **_precision(dtype), num_warps=tile.warps,
-        num_stages=tile.stages)
+        num_stages=tile.stages, maxnreg=tile.registers or None)
     if splits > 1:
         total = target.sum(0)
         out.copy_(total)
@@ -164,7 +164,7 @@ def _evaluate(plan: Plan, chunk: Chunk, number: int, first_state: int, states: i
         LINEAR_STEP=min(64, _ceil_power_of_two(plan.dim)), EVEN=plan.dim % 8 == 0, HERMITE=plan.hermite, CENTER=center,
         HAS_FACTOR=factor is not None, SCALED=dtype == torch.float16 or factor is not None, PROBED=probe.stats is not None,
         FIRST=number == 0, FOLD=chunk.degree <= 2 and (last or chunks[number + 1].degree > 2), LAST=last, **_precision(dtype),
-        num_warps=tile.warps, num_stages=tile.stages)
+        num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers or None)
 
 
 @lru_cache(maxsize=256)
@@ -186,9 +186,20 @@ def _output(q: Tensor) -> Tensor:
     "(Tensor q, Tensor k, Tensor v, Tensor? q_factor, Tensor? k_factor, Tensor? key_weight, float scale, int terms, bool hermite, "
     "bool center, int sub_head_blocks, int feature_chunk, int value_chunk, bool s_store_bf16, bool force_fp32, bool denom_fp32, "
     "int block_q, int block_k, int samples, int most_bad, float eps, int workspace_limit) -> (Tensor, Tensor)"))
-def taylor_attention(q, k, v, q_factor, k_factor, key_weight, scale, terms, hermite, center, sub_head_blocks,  # type: ignore[no-untyped-def]
-                     feature_chunk, value_chunk, s_store_bf16, force_fp32, denom_fp32, block_q, block_k, samples, most_bad, eps,
-                     workspace_limit):
+def taylor_attention(*arguments):  # type: ignore[no-untyped-def]
+    """`attend` as an operator, for graphs of torch.compile; outside them a direct call costs the host less."""
+    return attend(*arguments)
+
+
+@taylor_attention.register_fake
+def _(q, k, v, q_factor, k_factor, key_weight, scale, terms, *options):  # type: ignore[no-untyped-def]
+    return _output(q), q.new_empty(2, 4, dtype=torch.float32)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, q_factor: Tensor | None, k_factor: Tensor | None, key_weight: Tensor | None, scale: float,
+           terms: int, hermite: bool, center: bool, sub_head_blocks: int, feature_chunk: int, value_chunk: int, s_store_bf16: bool,
+           force_fp32: bool, denom_fp32: bool, block_q: int, block_k: int, samples: int, most_bad: int, eps: float,
+           workspace_limit: int) -> tuple[Tensor, Tensor]:
     """Global Taylor attention.
 
     q: [B, H, N_q, D]; k, v: [B, H_kv, N_kv, D], fp16, bf16 or fp32, any strides; q_factor [B, H, N_q], k_factor [B, H_kv, N_kv]:
@@ -251,11 +262,6 @@ def _summarise(stats: Tensor, out: Tensor) -> None:
     from taylor_patch.backends import taylor_kernels as kernels
 
     kernels._stats_kernel[(1,)](stats, out, stats.numel() // 4, BLOCK=1024, num_warps=8)
-
-
-@taylor_attention.register_fake
-def _(q, k, v, q_factor, k_factor, key_weight, scale, terms, *options):  # type: ignore[no-untyped-def]
-    return _output(q), q.new_empty(2, 4, dtype=torch.float32)
 
 
 class _Probe(NamedTuple):

@@ -71,7 +71,7 @@ class TritonTaylor(TaylorBackend):
 
     def attend(self, call: AttentionCall) -> Tensor:
         """See TaylorBackend.attend. The device is read once, at the end: a probe that fails stops the work on the device itself."""
-        from taylor_patch.backends.taylor_launch import taylor_attention
+        from taylor_patch.backends import taylor_launch
 
         o = self.options
         self._announce(call)
@@ -81,7 +81,8 @@ class TritonTaylor(TaylorBackend):
         states = batch * heads * o.sub_head_blocks
         decides = o.fallback_on_negative and not torch.compiler.is_compiling()
         samples = min(o.probe_samples, n_queries) if o.early_probe and decides else 0
-        out, summary = taylor_attention(
+        run = taylor_launch.taylor_attention if torch.compiler.is_compiling() else taylor_launch.attend
+        out, summary = run(
             call.q, call.k, call.v, *rows, self.scale(call), o.P, o.coefficients == "hermite", o.center_keys, o.sub_head_blocks,
             self.feature_chunk, o.fused_value_chunk_size, o.s_store_bf16, o.force_fp32, o.denom_fp32, _size(o.block_size_q),
             _size(o.block_size_k), samples, self.most_bad(states * samples) if samples else 0, o.eps, self.workspace_limit)
