@@ -256,6 +256,18 @@ def _lead(base, tokens, ok, leads_ptr, lead, stride_n, stride_d, shift_ptr, root
 
 
 @triton.jit
+def _leads(base, tokens, ok, leads_ptr, lead, lead_ok, stride_n, stride_d, scaling, D: tl.constexpr, DEGREE: tl.constexpr):
+    """Lead monomials of scaling * x, [tokens, leads] float32; leads as _lead has one of them."""
+    product = tl.where(ok[:, None] & lead_ok[None, :], 1.0, 0.0)
+    for place in tl.static_range(DEGREE - 2):
+        i = lead
+        if DEGREE > 3:
+            i = tl.load(leads_ptr + lead * (DEGREE - 2) + place, mask=lead_ok, other=0)
+        product *= _coordinates(base, tokens, i, ok, stride_n, stride_d, D, False) * scaling[:, None]
+    return product
+
+
+@triton.jit
 def _two_leads(base, tokens, ok, lead, stride_n, stride_d, shift_ptr, scaling, D: tl.constexpr, SHIFT: tl.constexpr):
     """Leads `lead` (even) and lead + 1 of degree 3 as [tokens, 2], each as _lead has it; one load, so half the addresses."""
     two = tl.multiple_of(lead, 2) + tl.arange(0, 2)
@@ -480,7 +492,7 @@ def _evaluate_kernel(q_ptr, factor_ptr, s_ptr, linear_ptr, constant_ptr, z_linea
     dv = tl.arange(0, DV_PAD)
     partial = local.to(tl.int64) * n_queries + row0
     acc = tl.zeros([BLOCK_M, DV_PAD], tl.float32)
-    z_acc = tl.zeros([BLOCK_M, 16], tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
     value_ok = ok[:, None] & (dv < DV)[None, :]
     if not FIRST:
         acc += tl.load(numerator_ptr + partial * DV + m[:, None] * DV + dv[None, :], mask=value_ok, other=0.0)
@@ -491,6 +503,7 @@ def _evaluate_kernel(q_ptr, factor_ptr, s_ptr, linear_ptr, constant_ptr, z_linea
         dv_ok = (dv < DV)[None, :]
     if DEGREE == 2:
         # The pair is counted along, not read from the table: a load that another load waits for costs the pipeline a stage.
+        z_acc = tl.zeros([BLOCK_M, 16], tl.float32)
         a = tl.load(pairs_ptr + 3 * first_pair)
         right = tl.load(pairs_ptr + 3 * first_pair + 1)
         tl.assume(first_pair < last_pair)
@@ -507,6 +520,7 @@ def _evaluate_kernel(q_ptr, factor_ptr, s_ptr, linear_ptr, constant_ptr, z_linea
             here = s + (pair - first_block) * 64 * (DV_ROW + 16)
             acc = tl.dot(psi, tl.load(here + dv[None, :], mask=dv_ok, other=0.0).to(DTYPE), acc, input_precision=PRECISION)
             z_acc = tl.dot(psi, tl.load(here + DV_ROW + z[None, :]).to(DTYPE), z_acc, input_precision=PRECISION)
+        total += tl.sum(z_acc, 1)
     elif DEGREE > 2:
         lead_scaling = tl.zeros([BLOCK_M], tl.float32) + 1.0
         if HERMITE:
@@ -522,33 +536,39 @@ def _evaluate_kernel(q_ptr, factor_ptr, s_ptr, linear_ptr, constant_ptr, z_linea
             both = _outer(x.to(DTYPE), spread, PRECISION) * lead_scaling[:, None]
             begin = tl.maximum(start, first_block)
             tl.assume(begin < end)
+            # Denominators: the outer product against Z of 16 leads at a time, then times the leads. With psi, as the numerators are
+            # made, they took a quarter of this kernel's time.
+            outer = both.to(DTYPE)
+            for group in tl.range(begin - start, end - start, 16, num_stages=1):
+                lead = group + z
+                inside = lead < end - start
+                at = s + (lead + start - first_block)[None, :] * 64 * (DV_ROW + 16) + DV_ROW
+                part = tl.dot(outer, tl.load(at, mask=inside[None, :], other=0.0).to(DTYPE), input_precision=PRECISION)
+                part = tl.dot(outer, tl.load(at + 1, mask=inside[None, :], other=0.0).to(DTYPE), part, input_precision=PRECISION)
+                total += tl.sum(part * _leads(q, m, ok, leads_ptr, lead - first_lead, inside, q_sn, q_sd, scaling, D, DEGREE), 1)
             if BLOCKS == 2 and DEGREE == 3:
                 ahead, beyond = tl.split(_two_leads(q, m, ok, begin - start, q_sn, q_sd, q_ptr, scaling, D, False))
                 for block in range(begin, end, 2):
-                    done = tl.sum(z_acc, 1) * 0.0  # as below
+                    done = tl.sum(acc, 1) * 0.0  # as below
                     psi = (both * (ahead + done)[:, None]).to(DTYPE)
                     following = (both * (beyond + done)[:, None]).to(DTYPE)
                     next_lead = tl.minimum(block + 2, end - 2) - start
                     ahead, beyond = tl.split(_two_leads(q, m, ok, next_lead, q_sn, q_sd, q_ptr, scaling, D, False))
                     here = s + (block - first_block) * 64 * (DV_ROW + 16)
                     acc = tl.dot(psi, tl.load(here + dv[None, :], mask=dv_ok, other=0.0).to(DTYPE), acc, input_precision=PRECISION)
-                    z_acc = tl.dot(psi, tl.load(here + DV_ROW + z[None, :]).to(DTYPE), z_acc, input_precision=PRECISION)
                     here += 64 * (DV_ROW + 16)
                     acc = tl.dot(following, tl.load(here + dv[None, :], mask=dv_ok, other=0.0).to(DTYPE), acc, input_precision=PRECISION)
-                    z_acc = tl.dot(following, tl.load(here + DV_ROW + z[None, :]).to(DTYPE), z_acc, input_precision=PRECISION)
             else:
                 ahead = _lead(q, m, ok, leads_ptr, begin - start - first_lead, q_sn, q_sd, q_ptr, scaling, D, DEGREE, False)
                 for block in range(begin, end):
                     # Zero, but not known before the products of the last step are done. Without it the next features overwrite
                     # registers that those products still read: the compiler (Triton 3.6) leaves seven of them in flight.
-                    done = tl.sum(z_acc, 1) * 0.0
+                    done = tl.sum(acc, 1) * 0.0
                     psi = (both * (ahead + done)[:, None]).to(DTYPE)
                     next_lead = tl.minimum(block + 1, end - 1) - start - first_lead
                     ahead = _lead(q, m, ok, leads_ptr, next_lead, q_sn, q_sd, q_ptr, scaling, D, DEGREE, False)
                     here = s + (block - first_block) * 64 * (DV_ROW + 16)
                     acc = tl.dot(psi, tl.load(here + dv[None, :], mask=dv_ok, other=0.0).to(DTYPE), acc, input_precision=PRECISION)
-                    z_acc = tl.dot(psi, tl.load(here + DV_ROW + z[None, :]).to(DTYPE), z_acc, input_precision=PRECISION)
-    total = tl.sum(z_acc, 1)
     if not FIRST:
         total += tl.load(denominator_ptr + partial + m, mask=ok, other=0.0)
     if FOLD:

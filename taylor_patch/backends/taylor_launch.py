@@ -60,6 +60,13 @@ def _geometry(plan: Plan) -> dict[str, int]:
     return {"HEADS_KV": plan.heads_kv, "SUB": plan.sub_head_blocks, "D": plan.dim}
 
 
+class _Probe(NamedTuple):
+    """Where the statistics of the probe's denominators lie on the device, None without a probe, and how many may be bad."""
+
+    stats: Tensor | None
+    most_bad: float
+
+
 class _Moments:
     """Sums of degrees 0 and 1 of a group of states, divided by the sum of weights; root * k in place of k.
 
@@ -262,13 +269,6 @@ def _summarise(stats: Tensor, out: Tensor) -> None:
     from taylor_patch.backends import taylor_kernels as kernels
 
     kernels._stats_kernel[(1,)](stats, out, stats.numel() // 4, BLOCK=1024, num_warps=8)
-
-
-class _Probe(NamedTuple):
-    """Where the statistics of the probe's denominators lie on the device, None without a probe, and how many may be bad."""
-
-    stats: Tensor | None
-    most_bad: float
 
 
 def _probe(plan: Plan, mean: Tensor, q: Tensor, k: Tensor, q_factor: Tensor | None, k_factor: Tensor | None, key_weight: Tensor | None,
