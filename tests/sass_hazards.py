@@ -73,7 +73,8 @@ def main():
             tile = taylor_tuned.EVALUATE[9, 0][width]
             first = degree == 2
             constants = dict(shared, **sizes, GROUP=1, P=degree + 1, DEGREE=degree, BLOCKS=tile.blocks, BLOCK_M=tile.rows,
-                             LINEAR_STEP=min(64, width), HERMITE=False, SCALED=False, FIRST=first, FOLD=first, LAST=first, q_sd=1, o_sd=1)
+                             LINEAR_STEP=min(64, width), HERMITE=False, SCALED=False, FIRST=first, FOLD=first, LAST=first,
+                             SPLIT_Z=True, q_sd=1, o_sd=1)
             if first:
                 constants |= dict(numerator_ptr=None, denominator_ptr=None, variance_ptr=None)
             for found in hazards(sass(taylor_kernels._evaluate_kernel, constants, tile)):

@@ -9,7 +9,8 @@ tiles of 8 coordinates times a lead monomial (features/tiles.py):
 Tiles are spread to 64 columns by a product with a constant matrix of zeros and ones: exact, and its result lies in the
 registers in the layout that the next product wants, so features never pass through shared memory. Accumulation is in
 float32. A row of S ends in 16 columns for Z: its rounding to S's dtype, the rest of it, and zeros. The denominator is thus
-one more product of the same features, exact to two roundings of Z.
+one more product of the same features, exact to two roundings of Z. In degree 3 such a product took a quarter of evaluate's time, so
+there Z lies apart, in float32, as [blocks / 8, 64, 8 leads], and denominators are made from 16 leads at a time.
 
 Loops are said to run at least once (tl.assume): with a path around one, on which ordinary instructions set the sums to zero,
 ptxas makes every tensor-core product wait for the one before it (its message C7515), which costs about half the speed.
@@ -256,18 +257,6 @@ def _lead(base, tokens, ok, leads_ptr, lead, stride_n, stride_d, shift_ptr, root
 
 
 @triton.jit
-def _leads(base, tokens, ok, leads_ptr, lead, lead_ok, stride_n, stride_d, scaling, D: tl.constexpr, DEGREE: tl.constexpr):
-    """Lead monomials of scaling * x, [tokens, leads] float32; leads as _lead has one of them."""
-    product = tl.where(ok[:, None] & lead_ok[None, :], 1.0, 0.0)
-    for place in tl.static_range(DEGREE - 2):
-        i = lead
-        if DEGREE > 3:
-            i = tl.load(leads_ptr + lead * (DEGREE - 2) + place, mask=lead_ok, other=0)
-        product *= _coordinates(base, tokens, i, ok, stride_n, stride_d, D, False) * scaling[:, None]
-    return product
-
-
-@triton.jit
 def _two_leads(base, tokens, ok, lead, stride_n, stride_d, shift_ptr, scaling, D: tl.constexpr, SHIFT: tl.constexpr):
     """Leads `lead` (even) and lead + 1 of degree 3 as [tokens, 2], each as _lead has it; one load, so half the addresses."""
     two = tl.multiple_of(lead, 2) + tl.arange(0, 2)
@@ -324,21 +313,30 @@ def _key_weights(k_base, factor_ptr, weight_ptr, weight_row, factor_row, leads_p
 
 
 @triton.jit
-def _store_sums(out, acc, z_acc, weight, stored, f, dv, DV: tl.constexpr, DV_ROW: tl.constexpr, LOW: tl.constexpr):
-    """Features' rows of S and Z, times weight; LOW: the rest of Z beside its rounding."""
-    z = tl.arange(0, 16)
-    dtype = out.dtype.element_ty
-    rows = tl.sum(z_acc, 1) * weight
-    tl.store(out + f[:, None] * (DV_ROW + 16) + dv[None, :], (acc * weight[:, None]).to(dtype), mask=stored[:, None] & (dv < DV)[None, :])
-    low = tl.zeros_like(rows)
-    if LOW:
-        low = rows - rows.to(dtype).to(tl.float32)
-    tail = tl.where(z[None, :] == 0, rows[:, None], tl.where(z[None, :] == 1, low[:, None], 0.0))
-    tl.store(out + DV_ROW + f[:, None] * (DV_ROW + 16) + z[None, :], tail.to(dtype), mask=stored[:, None])
+def _store_sums(s_ptr, z_ptr, block, state, rows_of_state, acc, z_acc, weight, stored, dv, DV: tl.constexpr, DV_ROW: tl.constexpr,
+                DEGREE: tl.constexpr, LOW: tl.constexpr):
+    """The sums of a block's features, times weight, as rows of S and Z. block: from the chunk's first on. LOW: Z in two parts."""
+    f = tl.arange(0, acc.shape[0])
+    row = state * rows_of_state + block.to(tl.int64) * 64
+    z_sum = tl.sum(z_acc, 1) * weight
+    dtype = s_ptr.dtype.element_ty
+    if DEGREE == 3:
+        out = s_ptr + row * DV_ROW + f[:, None] * DV_ROW
+        z_at = state * rows_of_state + (block // 8).to(tl.int64) * 512 + block % 8 + f * 8
+        tl.store(z_ptr + z_at, z_sum, mask=stored)
+    else:
+        out = s_ptr + row * (DV_ROW + 16) + f[:, None] * (DV_ROW + 16)
+        z = tl.arange(0, 16)
+        low = tl.zeros_like(z_sum)
+        if LOW:
+            low = z_sum - z_sum.to(dtype).to(tl.float32)
+        tail = tl.where(z[None, :] == 0, z_sum[:, None], tl.where(z[None, :] == 1, low[:, None], 0.0))
+        tl.store(out + DV_ROW + z[None, :], tail.to(dtype), mask=stored[:, None])
+    tl.store(out + dv[None, :], (acc * weight[:, None]).to(dtype), mask=stored[:, None] & (dv < DV)[None, :])
 
 
 @triton.jit
-def _accumulate_kernel(k_ptr, v_ptr, factor_ptr, weight_ptr, mean_ptr, norm_ptr, pairs_ptr, leads_ptr, inverse_ptr, probe_ptr, s_ptr,
+def _accumulate_kernel(k_ptr, v_ptr, factor_ptr, weight_ptr, mean_ptr, norm_ptr, pairs_ptr, leads_ptr, inverse_ptr, probe_ptr, s_ptr, z_ptr,
                        n_keys, per_split, root, ratio, most_bad, states, first_state, first_block, last_block, first_lead,
                        k_sb, k_sh, k_sn, k_sd, v_sb, v_sh, v_sn, v_sd, weight_sb,
                        HEADS_KV: tl.constexpr, SUB: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DV_ROW: tl.constexpr, DV_PAD: tl.constexpr,
@@ -350,7 +348,8 @@ def _accumulate_kernel(k_ptr, v_ptr, factor_ptr, weight_ptr, mean_ptr, norm_ptr,
 
     Two blocks of degree 2 have two pairs of tiles each and are one product of 128 features. Two of degree 3 are neighbouring leads of one
     pair (first_block and last_block are even), whose outer product is made once. s [splits, states, 64 * blocks, DV_ROW + 16]: with
-    PARTIAL float32 sums, Z in the first of the 16 columns; otherwise the finished S and Z in s's dtype. Keys enter as
+    PARTIAL float32 sums, Z in the first of the 16 columns; otherwise the finished S and Z in s's dtype. In degree 3 the 16 columns are
+    missing and Z goes to z [splits, states, blocks / 8, 64, 8] (first_block is a multiple of 8). Keys enter as
     root * factor * k - mean. Every sum is in float32, in a fixed order. PROBED: as in _evaluate_kernel.
     """
     if PROBED:  # noqa: SIM102 (only compiled where there is a probe)
@@ -435,12 +434,13 @@ def _accumulate_kernel(k_ptr, v_ptr, factor_ptr, weight_ptr, mean_ptr, norm_ptr,
     for _ in tl.static_range(DEGREE):
         power *= ratio
     n_rows = (last_block - first_block).to(tl.int64) * 64
-    out = s_ptr + ((split.to(tl.int64) * states + local) * n_rows + (block - first_block).to(tl.int64) * 64) * (DV_ROW + 16)
+    state = split.to(tl.int64) * states + local
     LOW: tl.constexpr = SPLIT_Z and not PARTIAL
-    _store_sums(out, acc, z_acc, tl.where(f < 64, weight0, weight1) * power, block + f // 64 < last_block, f, dv, DV, DV_ROW, LOW)
+    _store_sums(s_ptr, z_ptr, block - first_block, state, n_rows, acc, z_acc, tl.where(f < 64, weight0, weight1) * power,
+                block + f // 64 < last_block, dv, DV, DV_ROW, DEGREE, LOW)
     if PAIRED:
-        _store_sums(out + 64 * (DV_ROW + 16), next_acc, next_z, tl.zeros([FEATURES], tl.float32) + weight1 * power, f < 64, f, dv, DV,
-                    DV_ROW, LOW)
+        _store_sums(s_ptr, z_ptr, block - first_block + 1, state, n_rows, next_acc, next_z, tl.zeros([FEATURES], tl.float32) + weight1 * power,
+                    f < 64, dv, DV, DV_ROW, DEGREE, LOW)
 
 
 @triton.jit
@@ -452,7 +452,7 @@ def _outer(x, spread, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _evaluate_kernel(q_ptr, factor_ptr, s_ptr, linear_ptr, constant_ptr, z_linear_ptr, pairs_ptr, leads_ptr,
+def _evaluate_kernel(q_ptr, factor_ptr, s_ptr, z_ptr, linear_ptr, constant_ptr, z_linear_ptr, pairs_ptr, leads_ptr,
                      numerator_ptr, denominator_ptr, variance_ptr, probe_ptr, out_ptr, stats_ptr,
                      n_queries, root, eps, most_bad, first_state, first_block, last_block, first_pair, last_pair, first_lead,
                      q_sb, q_sh, q_sn, q_sd, o_sb, o_sh, o_sn, o_sd,
@@ -460,8 +460,8 @@ def _evaluate_kernel(q_ptr, factor_ptr, s_ptr, linear_ptr, constant_ptr, z_linea
                      DV_ROW: tl.constexpr, DV_PAD: tl.constexpr, V_FIRST: tl.constexpr,
                      P: tl.constexpr, DEGREE: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_M: tl.constexpr, LINEAR_STEP: tl.constexpr,
                      EVEN: tl.constexpr, HERMITE: tl.constexpr, CENTER: tl.constexpr, HAS_FACTOR: tl.constexpr, SCALED: tl.constexpr,
-                     PROBED: tl.constexpr, FIRST: tl.constexpr, FOLD: tl.constexpr, LAST: tl.constexpr, DTYPE: tl.constexpr,
-                     PRECISION: tl.constexpr):
+                     PROBED: tl.constexpr, FIRST: tl.constexpr, FOLD: tl.constexpr, LAST: tl.constexpr, SPLIT_Z: tl.constexpr,
+                     DTYPE: tl.constexpr, PRECISION: tl.constexpr):
     """What the blocks first_block <= i < last_block of one degree add to BLOCK_M queries; of degree 3 BLOCKS (1 or 2) a step.
 
     FIRST: sums start at zero, otherwise they are read from numerator [y, N_q, DV] and denominator [y, N_q] (float32). FOLD: this
@@ -499,7 +499,8 @@ def _evaluate_kernel(q_ptr, factor_ptr, s_ptr, linear_ptr, constant_ptr, z_linea
     if DEGREE >= 2:
         g = tl.arange(0, 128)
         spread = (c[:, None] == tl.where(g < 64, g // 8, 8 + g % 8)[None, :]).to(DTYPE)
-        s = s_ptr + state * (last_block - first_block) * 64 * (DV_ROW + 16) + f[:, None] * (DV_ROW + 16)
+        ROW: tl.constexpr = DV_ROW if DEGREE == 3 else DV_ROW + 16
+        s = s_ptr + state * (last_block - first_block) * 64 * ROW + f[:, None] * ROW
         dv_ok = (dv < DV)[None, :]
     if DEGREE == 2:
         # The pair is counted along, not read from the table: a load that another load waits for costs the pipeline a stage.
@@ -522,6 +523,8 @@ def _evaluate_kernel(q_ptr, factor_ptr, s_ptr, linear_ptr, constant_ptr, z_linea
             z_acc = tl.dot(psi, tl.load(here + DV_ROW + z[None, :]).to(DTYPE), z_acc, input_precision=PRECISION)
         total += tl.sum(z_acc, 1)
     elif DEGREE > 2:
+        if DEGREE > 3:
+            z_acc = tl.zeros([BLOCK_M, 16], tl.float32)
         lead_scaling = tl.zeros([BLOCK_M], tl.float32) + 1.0
         if HERMITE:
             lead_scaling = _coefficient(tl.load(variance_ptr + partial + m, mask=ok, other=0.0), DEGREE, P)
@@ -536,16 +539,19 @@ def _evaluate_kernel(q_ptr, factor_ptr, s_ptr, linear_ptr, constant_ptr, z_linea
             both = _outer(x.to(DTYPE), spread, PRECISION) * lead_scaling[:, None]
             begin = tl.maximum(start, first_block)
             tl.assume(begin < end)
-            # Denominators: the outer product against Z of 16 leads at a time, then times the leads. With psi, as the numerators are
-            # made, they took a quarter of this kernel's time.
-            outer = both.to(DTYPE)
-            for group in tl.range(begin - start, end - start, 16, num_stages=1):
-                lead = group + z
-                inside = lead < end - start
-                at = s + (lead + start - first_block)[None, :] * 64 * (DV_ROW + 16) + DV_ROW
-                part = tl.dot(outer, tl.load(at, mask=inside[None, :], other=0.0).to(DTYPE), input_precision=PRECISION)
-                part = tl.dot(outer, tl.load(at + 1, mask=inside[None, :], other=0.0).to(DTYPE), part, input_precision=PRECISION)
-                total += tl.sum(part * _leads(q, m, ok, leads_ptr, lead - first_lead, inside, q_sn, q_sd, scaling, D, DEGREE), 1)
+            if DEGREE == 3:
+                outer = both.to(DTYPE)
+                for group in tl.range(begin - start, end - start, 16, num_stages=1):
+                    lead = tl.multiple_of(group, 8) + z
+                    place = (lead + tl.multiple_of(start - first_block, 8))[None, :]
+                    at = z_ptr + state * (last_block - first_block) * 64 + place // 8 * 512 + f[:, None] * 8 + place % 8
+                    sums = tl.load(at, mask=(lead < end - start)[None, :], other=0.0)
+                    high = sums.to(DTYPE)
+                    part = tl.dot(outer, high, input_precision=PRECISION)
+                    if SPLIT_Z:
+                        part = tl.dot(outer, (sums - high.to(tl.float32)).to(DTYPE), part, input_precision=PRECISION)
+                    x = _coordinates(q, m, lead, ok, q_sn, q_sd, D, False) * scaling[:, None]
+                    total += tl.sum(part * x, 1)
             if BLOCKS == 2 and DEGREE == 3:
                 ahead, beyond = tl.split(_two_leads(q, m, ok, begin - start, q_sn, q_sd, q_ptr, scaling, D, False))
                 for block in range(begin, end, 2):
@@ -554,10 +560,9 @@ def _evaluate_kernel(q_ptr, factor_ptr, s_ptr, linear_ptr, constant_ptr, z_linea
                     following = (both * (beyond + done)[:, None]).to(DTYPE)
                     next_lead = tl.minimum(block + 2, end - 2) - start
                     ahead, beyond = tl.split(_two_leads(q, m, ok, next_lead, q_sn, q_sd, q_ptr, scaling, D, False))
-                    here = s + (block - first_block) * 64 * (DV_ROW + 16)
-                    acc = tl.dot(psi, tl.load(here + dv[None, :], mask=dv_ok, other=0.0).to(DTYPE), acc, input_precision=PRECISION)
-                    here += 64 * (DV_ROW + 16)
-                    acc = tl.dot(following, tl.load(here + dv[None, :], mask=dv_ok, other=0.0).to(DTYPE), acc, input_precision=PRECISION)
+                    here = s + (block - first_block) * 64 * ROW + dv[None, :]
+                    acc = tl.dot(psi, tl.load(here, mask=dv_ok, other=0.0).to(DTYPE), acc, input_precision=PRECISION)
+                    acc = tl.dot(following, tl.load(here + 64 * ROW, mask=dv_ok, other=0.0).to(DTYPE), acc, input_precision=PRECISION)
             else:
                 ahead = _lead(q, m, ok, leads_ptr, begin - start - first_lead, q_sn, q_sd, q_ptr, scaling, D, DEGREE, False)
                 for block in range(begin, end):
@@ -567,8 +572,12 @@ def _evaluate_kernel(q_ptr, factor_ptr, s_ptr, linear_ptr, constant_ptr, z_linea
                     psi = (both * (ahead + done)[:, None]).to(DTYPE)
                     next_lead = tl.minimum(block + 1, end - 1) - start - first_lead
                     ahead = _lead(q, m, ok, leads_ptr, next_lead, q_sn, q_sd, q_ptr, scaling, D, DEGREE, False)
-                    here = s + (block - first_block) * 64 * (DV_ROW + 16)
+                    here = s + (block - first_block) * 64 * ROW
                     acc = tl.dot(psi, tl.load(here + dv[None, :], mask=dv_ok, other=0.0).to(DTYPE), acc, input_precision=PRECISION)
+                    if DEGREE > 3:
+                        z_acc = tl.dot(psi, tl.load(here + DV_ROW + z[None, :]).to(DTYPE), z_acc, input_precision=PRECISION)
+        if DEGREE > 3:
+            total += tl.sum(z_acc, 1)
     if not FIRST:
         total += tl.load(denominator_ptr + partial + m, mask=ok, other=0.0)
     if FOLD:

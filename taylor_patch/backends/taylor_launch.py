@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from taylor_patch.backends import taylor_tuned as tuned
-from taylor_patch.backends.taylor_plan import Chunk, Plan, item_nbytes
+from taylor_patch.backends.taylor_plan import Z_COLUMNS, Chunk, Plan, item_nbytes
 from taylor_patch.features import symmetric
 from taylor_patch.features.tiles import BLOCK, layout, pair_table
 
@@ -120,8 +120,8 @@ def _lead_tables(plan: Plan, chunk: Chunk, device: torch.device) -> tuple[Tensor
 def _accumulate(plan: Plan, chunk: Chunk, first_state: int, states: int, columns: tuple[int, int], moments: _Moments, k: Tensor,
                 v: Tensor, factor: Tensor | None, weight: Tensor | None, probe: _Probe, root: float, ratio: float, center: bool,
                 dtype: torch.dtype, store: torch.dtype, denom_fp32: bool, block_k: int,
-                leads: tuple[Tensor | None, Tensor | None, int]) -> Tensor:
-    """S and Z [states, 64 * blocks, row] of a chunk, in `store`."""
+                leads: tuple[Tensor | None, Tensor | None, int]) -> tuple[Tensor, Tensor | None]:
+    """S and Z [states, 64 * blocks, row] of a chunk, in `store`; in degree 3 S alone, and Z [states, 64 * blocks] in float32."""
     from taylor_patch.backends import taylor_kernels as kernels
 
     width = columns[1] - columns[0]
@@ -129,14 +129,16 @@ def _accumulate(plan: Plan, chunk: Chunk, first_state: int, states: int, columns
     tile = tuned.choose("accumulate", _arch(k.device), chunk.degree, padded, item_nbytes(dtype), block_k)
     programs = -(-chunk.blocks // tile.blocks)
     share, splits = _shares(plan.n_keys, plan.splits(states * -(-chunk.blocks // 2)), tile.rows)
-    shape = (states, chunk.blocks * BLOCK, -(-width // 16) * 16 + 16)
+    row, apart = -(-width // 16) * 16, chunk.degree == 3
+    shape = (states, chunk.blocks * BLOCK, row if apart else row + Z_COLUMNS)
     out = torch.empty(shape, dtype=store, device=k.device)
     target = out if splits == 1 else torch.empty(splits, *shape, dtype=torch.float32, device=k.device)
+    z = torch.empty(splits, *shape[:2], dtype=torch.float32, device=k.device) if apart else None
     pairs = pair_table(plan.dim, chunk.degree, k.device)
     kernels._accumulate_kernel[(programs, states, splits)](
-        k, v, factor, weight, moments.mean, moments.norm, pairs, leads[0], leads[1], probe.stats, target,
+        k, v, factor, weight, moments.mean, moments.norm, pairs, leads[0], leads[1], probe.stats, target, z,
         plan.n_keys, share, root, ratio, probe.most_bad, states, first_state, chunk.first, chunk.last, leads[2], *k.stride(), *v.stride(),
-        _weight_stride(weight), **_geometry(plan), DV=width, DV_ROW=shape[2] - 16, DV_PAD=padded, V_FIRST=columns[0],
+        _weight_stride(weight), **_geometry(plan), DV=width, DV_ROW=row, DV_PAD=padded, V_FIRST=columns[0],
         DEGREE=chunk.degree, PAIRS=len(pairs), PAIRS_PAD=_ceil_power_of_two(len(pairs)), BLOCKS=tile.blocks, BLOCK_N=tile.rows,
         EVEN=plan.dim % 8 == 0, CENTER=center, HAS_FACTOR=factor is not None, HAS_WEIGHT=weight is not None,
         PROBED=probe.stats is not None, PARTIAL=splits > 1, SPLIT_Z=denom_fp32, **_precision(dtype), num_warps=tile.warps,
@@ -144,15 +146,15 @@ def _accumulate(plan: Plan, chunk: Chunk, first_state: int, states: int, columns
     if splits > 1:
         total = target.sum(0)
         out.copy_(total)
-        if denom_fp32:
-            high = shape[2] - 16
-            out[..., high + 1] = total[..., high] - out[..., high].float()
-    return out
+        if denom_fp32 and not apart:
+            out[..., row + 1] = total[..., row] - out[..., row].float()
+    return out, None if z is None else z.sum(0) if splits > 1 else z[0]
 
 
 def _evaluate(plan: Plan, chunk: Chunk, number: int, first_state: int, states: int, columns: tuple[int, int], moments: _Moments,
-              s: Tensor | None, q: Tensor, factor: Tensor | None, partial: tuple[Tensor | None, Tensor | None, Tensor | None],
-              probe: _Probe, out: Tensor, stats: Tensor, root: float, center: bool, eps: float, dtype: torch.dtype, tile: tuned.Tile,
+              s: Tensor | None, z: Tensor | None, q: Tensor, factor: Tensor | None, partial: tuple[Tensor | None, Tensor | None, Tensor | None],
+              probe: _Probe, out: Tensor, stats: Tensor, root: float, center: bool, denom_fp32: bool, eps: float, dtype: torch.dtype,
+              tile: tuned.Tile,
               leads: tuple[Tensor | None, Tensor | None, int]) -> None:
     """Add a chunk's part to every query of the group; the first chunk starts and the last one finishes them."""
     from taylor_patch.backends import taylor_kernels as kernels
@@ -164,14 +166,15 @@ def _evaluate(plan: Plan, chunk: Chunk, number: int, first_state: int, states: i
     first_pair, last_pair = (shape.pair_of(chunk.first), shape.pair_of(chunk.last - 1) + 1) if shape else (0, 0)
     pairs = pair_table(plan.dim, chunk.degree, q.device) if chunk.degree else None
     kernels._evaluate_kernel[(-(-plan.n_queries // tile.rows), states * plan.group)](
-        q, factor, s, moments.linear, moments.constant, moments.z_linear, pairs, leads[0], *partial, probe.stats, out, stats,
+        q, factor, s, z, moments.linear, moments.constant, moments.z_linear, pairs, leads[0], *partial, probe.stats, out, stats,
         plan.n_queries, root, eps, probe.most_bad, first_state, chunk.first, chunk.last, first_pair, last_pair, leads[2],
         *q.stride(), *out.stride(), **_geometry(plan), GROUP=plan.group, DV=width, DV_ROW=-(-width // 16) * 16,
         DV_PAD=_ceil_power_of_two(width), V_FIRST=columns[0], P=plan.terms, DEGREE=chunk.degree, BLOCKS=tile.blocks, BLOCK_M=tile.rows,
         LINEAR_STEP=min(64, _ceil_power_of_two(plan.dim)), EVEN=plan.dim % 8 == 0, HERMITE=plan.hermite, CENTER=center,
         HAS_FACTOR=factor is not None, SCALED=dtype == torch.float16 or factor is not None, PROBED=probe.stats is not None,
-        FIRST=number == 0, FOLD=chunk.degree <= 2 and (last or chunks[number + 1].degree > 2), LAST=last, **_precision(dtype),
-        num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers or None)
+        FIRST=number == 0, FOLD=chunk.degree <= 2 and (last or chunks[number + 1].degree > 2), LAST=last,
+        SPLIT_Z=denom_fp32 and dtype != torch.float32, **_precision(dtype), num_warps=tile.warps, num_stages=tile.stages,
+        maxnreg=tile.registers or None)
 
 
 @lru_cache(maxsize=256)
@@ -244,13 +247,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, q_factor: Tensor | None, k_factor: T
             partial = _partial_sums(plan, states, columns[1] - columns[0], q.device)
             for number, chunk in enumerate(plan.chunks):
                 leads = _lead_tables(plan, chunk, q.device)
-                s = None
+                s = z = None
                 if chunk.blocks:
-                    s = _accumulate(plan, chunk, first_state, states, columns, moments, k, v, k_factor, key_weight, probe, root, ratio,
+                    s, z = _accumulate(plan, chunk, first_state, states, columns, moments, k, v, k_factor, key_weight, probe, root, ratio,
                                     center, dtype, store, denom_fp32, block_k, leads)
-                _evaluate(plan, chunk, number, first_state, states, columns, moments, s, q, q_factor, partial, probe, out, stats, root,
-                          center, eps, dtype, tile, leads)
-                del s
+                _evaluate(plan, chunk, number, first_state, states, columns, moments, s, z, q, q_factor, partial, probe, out, stats, root,
+                          center, denom_fp32, eps, dtype, tile, leads)
+                del s, z
     _summarise(stats, summary[1])
     return out, summary
 

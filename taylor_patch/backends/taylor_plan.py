@@ -67,18 +67,13 @@ class Plan:
         return min(self.value_chunk or self.dim, self.dim)
 
     @cached_property
-    def row(self) -> int:
-        """Elements of a row of S: values padded to a multiple of 16, then Z's columns."""
-        return -(-self.width // 16) * 16 + Z_COLUMNS
-
-    @cached_property
     def chunks(self) -> tuple[Chunk, ...]:
         """Feature chunks by rising degree; degrees 0 and 1 go with the last chunk of degree 2."""
         found = []
         for degree in range(2, self.terms):
             blocks = layout(self.dim, degree).blocks
-            # Even, because two neighbouring blocks may be worked on together.
-            step = max(2, self.feature_chunk // (2 * BLOCK) * 2) if self.feature_chunk else blocks
+            # Leads of degree 3 are worked on in pairs, and their denominators lie in groups of 8.
+            step = max(8, self.feature_chunk // (8 * BLOCK) * 8) if self.feature_chunk else blocks
             found += [Chunk(degree, first, min(first + step, blocks)) for first in range(0, blocks, step)]
         return tuple(found) or (Chunk(0, 0, 0),)
 
@@ -93,10 +88,12 @@ class Plan:
         return self.splits(states * -(-self.dim // 128))
 
     def state_nbytes(self, chunk: Chunk, states: int) -> int:
-        """S and Z of a chunk, and with several splits their float32 parts and total."""
-        rows = states * chunk.blocks * BLOCK * self.row
+        """S and Z of a chunk, and with several splits their float32 parts and total. In degree 3 Z is float32 and apart."""
+        rows, columns, apart = states * chunk.blocks * BLOCK, -(-self.width // 16) * 16, chunk.degree == 3
+        row = columns if apart else columns + Z_COLUMNS
         splits = self.splits(states * -(-chunk.blocks // 2)) if chunk.blocks else 1
-        return rows * self.store_nbytes + (4 * rows * (splits + 1) if splits > 1 else 0)
+        parts = splits + 1 if splits > 1 else 0
+        return rows * (row * (self.store_nbytes + 4 * parts) + (4 * (parts or 1) if apart else 0))
 
     def group_nbytes(self, states: int) -> int:
         """Bytes while `states` states are worked on."""
