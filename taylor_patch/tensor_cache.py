@@ -27,8 +27,8 @@ LIMIT = 64 << 20
 """Bytes of all files; beyond them those go that were not asked for for longest."""
 
 _lock = threading.Lock()
-_unreadable: set[tuple[str, int]] = set()
-"""(name, time of change) of files that were reported."""
+_reported: set[tuple[str, int, int]] = set()
+"""(path, inode, bytes) of files that were reported."""
 
 
 def folder() -> Path:
@@ -41,9 +41,7 @@ def load(kind: str, key: Mapping[str, cache.Scalar]) -> dict[str, Tensor] | None
     if not cache.is_on():
         return None
     file = _file(kind, key)
-    try:
-        changed = file.stat().st_mtime_ns
-    except OSError:
+    if not file.exists():
         return None
     try:
         if file.stat().st_size > LIMIT:
@@ -57,20 +55,22 @@ def load(kind: str, key: Mapping[str, cache.Scalar]) -> dict[str, Tensor] | None
         if not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
             raise TypeError("not tensors only")
     except Exception as error:  # of a broken file torch.load raises a bit of everything
-        unusable(kind, key, error, changed)
+        unusable(kind, key, error)
         return None
     with contextlib.suppress(OSError):
         os.utime(file)
     return tensors
 
 
-def unusable(kind: str, key: Mapping[str, cache.Scalar], error: Exception, changed: int = 0) -> None:
+def unusable(kind: str, key: Mapping[str, cache.Scalar], error: Exception) -> None:
     """One line for a file whose content cannot be used."""
     file = _file(kind, key)
-    if (file.name, changed) not in _unreadable:
-        _unreadable.add((file.name, changed))
-        log.warning("taylor_patch: %s is not used (%s: %s). It will be written anew; taylor-patch cache --clear removes it.", file,
-                    type(error).__name__, str(error).partition("\n")[0])
+    with contextlib.suppress(OSError):
+        stat = file.stat()
+        if (one := (str(file), stat.st_ino, stat.st_size)) not in _reported:
+            _reported.add(one)
+            log.warning("taylor_patch: %s is not used (%s: %s). It will be written anew; taylor-patch cache --clear removes it.", file,
+                        type(error).__name__, str(error).partition("\n")[0])
 
 
 def store(kind: str, key: Mapping[str, cache.Scalar], tensors: Mapping[str, Tensor]) -> None:
@@ -102,7 +102,7 @@ def clear() -> int:
 
 def kinds() -> Counter[str]:
     """Kind -> files."""
-    return Counter(file.name.rpartition("-")[0] for file, _ in _files())
+    return Counter(file.name.rpartition("-")[0] for file, _ in _files() if file.suffix == ".pt")
 
 
 def nbytes() -> int:

@@ -183,7 +183,8 @@ class Shelf:
 
     def __init__(self, key: Mapping[str, cache.Scalar] | None, like: Settled) -> None:
         self._key, self._shape = key, like.always.shape
-        self._on_cpu, self._sinks = torch.empty(0, self._shape[0], 4), []
+        self._on_cpu = torch.empty(0, self._shape[0], 4)
+        self._sinks: list[Tensor] = []
         self.rows: dict[tuple[int, int], int] = {}
         found = None if key is None else tensor_cache.load(KIND, key)
         if key is not None and found is not None:
