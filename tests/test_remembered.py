@@ -412,24 +412,26 @@ def drawn(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reference, "attend_aimed", attend_aimed)
-        for name, home, picture in (("first", "a", 17), ("alone", "b", 3), ("remembered", "a", 3), ("repeated", "a", 3)):
+        for name, home, picture in (("first", "a", 17), ("alone", "b", 3), ("remembered", "a", 3)):
             patch.setenv("XDG_CACHE_HOME", str(folder / home))
             engine = engines.Engine({"taylor_patch": {"backend": "near_far", "quality": 0.05, "quality_limit": 0.0}}, environ={})
             engines.use(engine)
-            sampled, at = demo.Sampled(), slice(picture, picture + 1)
+            at, attention, all_errors = slice(picture, picture + 1), replace(demo.exact_attention), []
+
+            def watched(q, k, v, heads, attention=attention, all_errors=all_errors, **kwargs):
+                out, exact = attention(q, k, v, heads, **kwargs), demo.exact_attention(q, k, v, heads)
+                all_errors.append(float((out - exact).norm() / exact.norm()))
+                return out
+
             count.clear()
-            demo.sample(demo.Flux(network), texts[at], vectors[at], 96, 16, 0, engine, sampled.watch(replace(demo.exact_attention)),
-                        lambda: None)
-            found[name] = count["probes"], torch.tensor(sampled.errors)
+            demo.sample(demo.Flux(network), texts[at], vectors[at], 128, 8, 0, engine, watched, lambda: None)
+            found[name] = count["probes"], torch.tensor([error for error in all_errors if error > 1e-5])
     engines.reset()
     return found
 
 
 def test_another_picture_of_the_trained_model_meets_its_error(drawn):
+    """Over all steps and calls; those that were exact are left out."""
     assert drawn["remembered"][0] < drawn["alone"][0], drawn
     alone, after = (float(drawn[name][1].quantile(0.9)) for name in ("alone", "remembered"))
-    assert after < 0.05 and after < 1.1 * alone, (alone, after)
-
-
-def test_the_same_picture_of_the_trained_model_is_probed_least(drawn):
-    assert drawn["repeated"][0] < min(drawn["remembered"][0], 0.7 * drawn["alone"][0]) and float(drawn["repeated"][1].quantile(0.9)) < 0.05
+    assert after < 0.05 and after < 1.05 * alone, (alone, after)
