@@ -14,7 +14,7 @@ from click.testing import CliRunner
 
 from taylor_patch import cache, tensor_cache
 from taylor_patch import engine as engines
-from taylor_patch.backends.near_far import aim, reference, remembered
+from taylor_patch.backends.near_far import NearFar, aim, reference, remembered
 from taylor_patch.call import AttentionCall, TokenGrid
 from taylor_patch.cli import main
 from taylor_patch.demo import host as demo
@@ -397,6 +397,30 @@ def test_a_video_model_of_forty_blocks_weighs_little():
             memory.read_back(call.signature, block, {}, True)
     memory.keep()
     assert len(kept()) == 640 and tensor_cache.nbytes() < 1 << 20
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_the_host_never_waits_for_the_disks_values():
+    """Storing, loading, comparing and using them; what is read is read between the calls."""
+    generator = torch.Generator().manual_seed(0)
+    low = F.interpolate(torch.randn(24, 64, 16, 16, generator=generator), (64, 64), mode="bilinear").view(1, 8, 3, 64, -1).transpose(3, 4)
+    q, k, v = (x.to("cuda", torch.bfloat16) for x in (low + 0.1 * torch.randn(low.shape, generator=generator)).unbind(2))
+    backend, taken = NearFar(), []
+    for _ in range(2):
+        for sigma in SIGMAS[:3]:
+            call = AttentionCall(q, k, v, 0.125, grid=TokenGrid(1, 64, 64), sigma=sigma * 1.0001, block=0, fingerprint="Flux-1")
+            torch.cuda.set_sync_debug_mode("error" if sigma != SIGMAS[0] or taken else "default")  # the first call compiles
+            try:
+                backend.run(call)
+                observed = backend.observed(call)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            taken.append("remembered" in observed)
+            backend.read_back(call.signature, 0, {name: float(x) for name, x in observed.items()}, True)
+        backend.keep()
+        backend.run_finished()
+    assert taken == [False, False, False, True, True, False] and len(kept()) == 3
 
 
 @pytest.fixture(scope="module")
