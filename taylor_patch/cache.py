@@ -1,4 +1,4 @@
-"""Values that took a run to settle, kept for the next one in the user's cache folder; safe to delete.
+"""Values that took a run to settle, kept for the next one in the user's cache folder; safe to delete. Tensors are in tensor_cache.py.
 
 An entry is filed under what it depends on: a kind ("auto_tune"), and a key of model, GPU and shapes. Nothing in it comes from prompts,
 pictures or file names. Trouble with the file costs a line, never a run: what cannot be read is not there, what cannot be written is lost.
@@ -41,6 +41,18 @@ def switch(on: bool) -> None:
     _state.update(on=on, can_write=True)
 
 
+def is_on() -> bool:
+    """Whether anything is kept on disk."""
+    return _state["on"]
+
+
+def cannot_write(file: Path, error: Exception) -> None:
+    """One line for all that cannot be written."""
+    if _state["can_write"]:
+        log.warning("taylor_patch: %s cannot be written (%s: %s); the next run settles such values anew.", file, type(error).__name__, error)
+    _state["can_write"] = False
+
+
 def place(call: AttentionCall) -> dict[str, Scalar] | None:
     """The key of calls like this one: model, GPU, dtype and shapes; None where the model is not known. Add block or sigma where they count."""
     if call.fingerprint is None:
@@ -51,7 +63,7 @@ def place(call: AttentionCall) -> dict[str, Scalar] | None:
 
 def load(kind: str, key: Mapping[str, Scalar]) -> dict[str, Any] | None:
     """A copy of what was stored last under this kind and key, or None. Its values are as the file has them: check them before use."""
-    found = _entries().get(_name(kind, key)) if _state["on"] else None
+    found = _entries().get(name_of(kind, key)) if _state["on"] else None
     return None if found is None else json.loads(json.dumps(found))  # type: ignore[no-any-return]
 
 
@@ -61,15 +73,12 @@ def store(kind: str, key: Mapping[str, Scalar], value: Mapping[str, Any]) -> Non
         return
     with _lock:
         entries = dict(_entries())
-        entries.pop(_name(kind, key), None)
-        entries[_name(kind, key)] = dict(value)
+        entries.pop(name_of(kind, key), None)
+        entries[name_of(kind, key)] = dict(value)
         try:
             _write({name: entries[name] for name in list(entries)[-LIMIT:]})
         except (OSError, TypeError, ValueError) as error:
-            if _state["can_write"]:
-                log.warning("taylor_patch: %s cannot be written (%s: %s); the next run settles such values anew.", path(),
-                            type(error).__name__, error)
-            _state["can_write"] = False
+            cannot_write(path(), error)
 
 
 def clear() -> int:
@@ -85,7 +94,8 @@ def kinds() -> Counter[str]:
     return Counter(json.loads(name)[0] for name in _entries())
 
 
-def _name(kind: str, key: Mapping[str, Scalar]) -> str:
+def name_of(kind: str, key: Mapping[str, Scalar]) -> str:
+    """Kind and key as one text."""
     return json.dumps([kind, dict(sorted(key.items()))])
 
 
@@ -106,7 +116,7 @@ def _read(file: Path, *stamp: int) -> Mapping[str, dict[str, Any]]:
         data = json.loads(file.read_text(encoding="utf-8"))
         if data["version"] != VERSION:
             raise ValueError(f"version {data['version']!r}, this taylor_patch has {VERSION}")
-        return {_name(str(entry["kind"]), dict(entry["key"])): dict(entry["value"]) for entry in data["entries"]}
+        return {name_of(str(entry["kind"]), dict(entry["key"])): dict(entry["value"]) for entry in data["entries"]}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         log.warning("taylor_patch: %s is not used (%s: %s). It will be written anew; taylor-patch cache --clear removes it.", file,
                     type(error).__name__, error)
@@ -114,15 +124,17 @@ def _read(file: Path, *stamp: int) -> Mapping[str, dict[str, Any]]:
 
 
 def _write(entries: Mapping[str, dict[str, Any]]) -> None:
-    """Replace the file in one move, so that nobody reads half of it."""
     rows = [dict(zip(("kind", "key"), json.loads(name), strict=True), value=value) for name, value in entries.items()]
-    text = json.dumps({"version": VERSION, "entries": rows}, indent=1, allow_nan=False)
-    file = path()
+    replace_file(path(), json.dumps({"version": VERSION, "entries": rows}, indent=1, allow_nan=False).encode())
+
+
+def replace_file(file: Path, content: bytes) -> None:
+    """Write a file in one move, so that nobody reads half of it. Raises OSError."""
     file.parent.mkdir(parents=True, exist_ok=True)
     handle, part = tempfile.mkstemp(dir=file.parent, prefix=file.name)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(content)
         os.replace(part, file)
     except BaseException:
         Path(part).unlink(missing_ok=True)

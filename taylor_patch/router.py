@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,7 +16,10 @@ from taylor_patch import calibration
 from taylor_patch.backends.base import Backend
 from taylor_patch.call import AttentionCall
 from taylor_patch.config import Config
+from taylor_patch.errors import said
 from taylor_patch.plugins import Registry
+
+log = logging.getLogger("taylor_patch")
 
 CROSSOVER_HEADS = 24
 """Heads (times batch) with which crossovers are measured. Exact attention has heads x queries x keys to do; fewer heads or keys leave it as
@@ -106,9 +110,14 @@ class Router:
             return min(measured), f"fewer tokens than {min(measured)}, the measured crossover"
         return wanted
 
-    def run_finished(self) -> None:
-        """Tell the backends that a sampling run has ended."""
+    def run_finished(self, failed: Container[str]) -> None:
+        """Tell the backends that a sampling run has ended. failed: names of those that failed in it."""
         for backend in self.backends.made:
+            try:
+                if backend.name not in failed:
+                    backend.keep()
+            except Exception as error:
+                log.warning("taylor_patch: %s could not keep what the run has settled (%s)", backend.name, said(error))
             backend.run_finished()
 
     def _options(self, name: str) -> Any:

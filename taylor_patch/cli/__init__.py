@@ -187,24 +187,26 @@ def new(name: str, folder: Path | None) -> None:
 
 
 @main.command()
-@click.option("--clear", is_flag=True, help="Remove the file.")
+@click.option("--clear", is_flag=True, help="Remove it.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def cache(clear: bool, as_json: bool) -> None:
     """Show what earlier runs have settled and kept on disk, or remove it."""
-    from taylor_patch import cache as settled
+    from taylor_patch import cache as values
+    from taylor_patch import tensor_cache as tensors
 
-    file, kinds = settled.path(), settled.kinds()
-    size = file.stat().st_size if file.exists() else 0
+    file, folder, kinds = values.path(), tensors.folder(), values.kinds() + tensors.kinds()
+    size = (file.stat().st_size if file.exists() else 0) + tensors.nbytes()
     if clear:
         try:
-            settled.clear()
+            values.clear()
+            tensors.clear()
         except OSError as error:
-            raise click.ClickException(f"{file} cannot be removed ({error}).") from error
+            raise click.ClickException(f"{error.filename or file} cannot be removed ({error}).") from error
     if as_json:
-        click.echo(json.dumps({"path": str(file), "bytes": size, "entries": kinds, "cleared": clear}, indent=2))
+        click.echo(json.dumps({"path": str(file), "folder": str(folder), "bytes": size, "entries": kinds, "cleared": clear}, indent=2))
         return
     shown = ", ".join(f"{kind} {count}" for kind, count in sorted(kinds.items())) or "no entries"
-    click.echo(f"{'Removed ' if clear else ''}{file}: {shown}, {size / 1024:.1f} KiB")
+    click.echo(f"{'Removed ' if clear else ''}{file} and {folder}: {shown}, {size / 1024:.1f} KiB")
 
 
 @main.group()

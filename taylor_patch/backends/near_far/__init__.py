@@ -1,23 +1,24 @@
 """`near_far`: exact near field, second-order Taylor (cumulant) far field per key block.
 
 blocks.py and reference.py have the formula in plain PyTorch, for any device, and aim.py the probe that finds the density for a wanted
-error; on NVIDIA GPUs with Triton the kernels of prepare.py, routing.py, probing.py and kernel.py compute the same.
+error; on NVIDIA GPUs with Triton the kernels of prepare.py, routing.py, probing.py and kernel.py compute the same. remembered.py keeps
+what probes find.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from taylor_patch import long_lived
 from taylor_patch.backends.base import Backend
-from taylor_patch.backends.near_far import aim, plan, reference
+from taylor_patch.backends.near_far import plan, reference
+from taylor_patch.backends.near_far.remembered import Memory
 from taylor_patch.call import AttentionCall
 
 __all__ = ["NearFar", "NearFarOptions"]
@@ -67,7 +68,7 @@ class NearFar(Backend):
 
     def __init__(self, options: NearFarOptions | None = None) -> None:
         super().__init__(options)
-        self._memory = aim.Memory()
+        self._memory = Memory()
 
     def reasons_against(self, call: AttentionCall) -> tuple[str, ...]:
         """See Backend.reasons_against."""
@@ -101,25 +102,19 @@ class NearFar(Backend):
             attend, attend_aimed = op.attend, op.attend_aimed
         if self.options.density != "auto":
             return attend(call, self.options.density, self.options.tail)
-        key = self._key(call)
-        known = None if key is None else self._memory.get(key)
+        known = self._memory.get(call)
         out, settled = attend_aimed(call, known)
-        if known is None and key is not None and settled is not None:
-            with long_lived.allocation():
-                self._memory.put(key, aim.Settled(settled.setting.clone(), settled.always.clone()))
+        if known is None and settled is not None:
+            self._memory.put(call, settled)
         return out
 
-    @staticmethod
-    def _key(call: AttentionCall) -> Hashable | None:
-        """What a settled density holds for; None where the call's place in a run is not known."""
-        if call.sigma is None or call.block is None:
-            return None
-        return call.signature, call.target_error, call.scale, call.block, aim.sigma_bin(call.sigma)
-
     def observed(self, call: AttentionCall) -> Mapping[str, Tensor]:
-        """See Backend.observed: the mean density of the heads, where a probe settled it."""
-        settled = None if (key := self._key(call)) is None else self._memory.get(key)
-        return {} if settled is None else {"density": settled.setting[:, 0].mean()}
+        """See Backend.observed: what the memory says of the call; nothing where the density is given."""
+        return self._memory.observed(call)
+
+    def read_back(self, signature: Any, block: int | None, observed: Mapping[str, float], counts: bool) -> None:
+        """See Backend.read_back."""
+        self._memory.read_back(signature, block, observed, counts)
 
     def too_slow(self, observed: Mapping[str, float]) -> str | None:
         """See Backend.too_slow."""
@@ -129,6 +124,10 @@ class NearFar(Backend):
     def release(self) -> None:
         """See Backend.release."""
         self._memory.clear()
+
+    def keep(self) -> None:
+        """See Backend.keep."""
+        self._memory.keep()
 
     def run_finished(self) -> None:
         """See Backend.run_finished."""

@@ -12,9 +12,6 @@ factor of the second-order term, factor of the linear term, error expected (rela
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
-from collections.abc import Hashable
 from dataclasses import dataclass
 
 import torch
@@ -42,32 +39,6 @@ class Settled:
 
     setting: Tensor
     always: Tensor
-
-
-class Memory:
-    """Settled values of the sampling run in progress, by model, shape, block and sigma bin; bounded, safe to lose."""
-
-    LIMIT = 4096
-
-    def __init__(self) -> None:
-        self._kept: OrderedDict[Hashable, Settled] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def get(self, key: Hashable) -> Settled | None:
-        """The values under `key`."""
-        return self._kept.get(key)
-
-    def put(self, key: Hashable, value: Settled) -> None:
-        """Keep `value`; the oldest one goes where there are too many."""
-        with self._lock:
-            self._kept[key] = value
-            if len(self._kept) > self.LIMIT:
-                self._kept.popitem(last=False)
-
-    def clear(self) -> None:
-        """Forget everything."""
-        with self._lock:
-            self._kept.clear()
 
 
 def sigma_bin(sigma: float) -> int:
