@@ -65,7 +65,7 @@ def plan_of(call, tma=False, aimed=False):
 
 def poisoned(sizes, device=DEVICE):
     """A workspace in which everything that is read before it is written shows."""
-    return {name: x.fill_(math.nan) if x.is_floating_point() and x.numel() else x.fill_(13) for name, x in sizes.allocate(device).items()}
+    return {name: x.fill_(math.nan) if x.is_floating_point() else x.fill_(13) for name, x in sizes.allocate(device).items()}
 
 
 def near_blocks(sizes, space, head):
@@ -143,7 +143,7 @@ def test_density_one_in_eight_bit_is_exact_attention(masked, monkeypatch):
     tiles = plan.Tiles
     monkeypatch.setattr(plan, "Tiles", lambda **about: tiles(**about, eight=True))
     out, _ = run_round(call, 1.0, "cumulant")
-    assert 1.5 * rounding(call) < error(out, exact(call, torch.float64)) < 0.2
+    assert 1.5 * rounding(call) < error(out, exact(call, torch.float64)) < 0.03
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["no mask", "two masks"])

@@ -34,7 +34,7 @@ def attend_kernel(q_ptr, stride_qb, stride_qh, stride_qn, stride_qd, out_ptr, st
 
         weight n_b exp(scale q.k_b + 1/2 t_b scale^2 q' S_w q)  and  value v_b + scale C_w' q.
 
-    EIGHT: k is float8e4nv, less the lane's centre and in units of its block's step, k_step [lanes, blocks]; q is quantised row by row, and the
+    EIGHT: k is int8, less the lane's centre and in units of its block's step, k_step [lanes, blocks]; q is quantised row by row, and the
     near logits are those of k less the centre, as the far ones are.
     k, v [lanes * blocks * 64, DIM], mean_k, mean_v [lanes * image blocks, DIM], covariance [lanes * 2 DIM, DIM]: pointers or descriptors.
     far [heads, image blocks, far_stride]: log2 of n_b, or -inf where a block is exact or does not exist; list [heads, blocks, blocks] and
@@ -85,8 +85,8 @@ def attend_kernel(q_ptr, stride_qb, stride_qh, stride_qn, stride_qd, out_ptr, st
     unit = tl.full((64,), 1.0, tl.float32) * factor
     near_q = q
     if EIGHT:
-        step = tl.maximum(tl.max(tl.abs(q.to(tl.float32)), 1), 1.0e-30) / 448
-        near_q = (q.to(tl.float32) / step[:, None]).to(tl.float8e4nv)
+        step = tl.maximum(tl.max(tl.abs(q.to(tl.float32)), 1), 1.0e-30) / 127
+        near_q = tl.floor(q.to(tl.float32) / step[:, None] + 0.5).to(tl.int8)
         unit *= step
     blocks = list_ptr + (lane * n_blocks + query) * n_blocks
     block = 0

@@ -50,7 +50,7 @@ class Tiles:
     registers: int = 0
     tma: bool = False
     eight: bool = False
-    """Whether q and k of the near field are multiplied in float8."""
+    """Whether q and k of the near field are multiplied in int8."""
 
 
 TUNED: dict[tuple[int, int, int], Tiles] = {
@@ -133,7 +133,7 @@ class Plan:
 
     @cached_property
     def eight(self) -> bool:
-        """True where q and k of the near field are multiplied in float8; a product of 8 bit needs 32 channels."""
+        """True where q and k of the near field are multiplied in int8; a product of 8 bit needs 32 channels."""
         return self.tiles.eight and self.dtype.itemsize == 2 and self.dim >= 32
 
     @cached_property
@@ -168,7 +168,7 @@ class Plan:
         dim, half, full = self.dim, self.dtype, torch.float32
         yield "k", (self.blocks * BLOCK, dim), half
         yield "v", (self.blocks * BLOCK, dim), half
-        yield "k_eight", (self.blocks * BLOCK if self.eight else 0, dim), torch.float8_e4m3fn
+        yield "k_eight", (self.blocks * BLOCK if self.eight else 0, dim), torch.int8
         yield "k_step", (self.blocks if self.eight else 0,), full
         yield "bias", (self.blocks * BLOCK if self.biased else 0,), full
         yield "mean_k", (self.image_blocks, dim), half

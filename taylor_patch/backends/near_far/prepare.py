@@ -22,7 +22,7 @@ def gather_kernel(q_ptr, stride_qb, stride_qh, stride_qn, stride_qd, k_ptr, stri
     and float32 ones), log2 masses, traces tr(S_b), biases times log2 e; means of the quarters of query blocks [heads, SAMPLES, image
     blocks, DIM] and the quarters' shares of the blocks' tokens.
 
-    EIGHT: also k less the centre in float8e4nv, in units of the block's step.
+    EIGHT: also k less the centre in int8, in units of the block's step.
 
     Clears the histogram too. Grid (blocks, lanes, 2 + GROUP): k, v, then the query heads of the lane. Few warps a program: sums across
     warps are what costs time.
@@ -72,8 +72,8 @@ def gather_kernel(q_ptr, stride_qb, stride_qh, stride_qn, stride_qd, k_ptr, stri
             centre = tl.sum(keys.to(tl.float32), 0) / 8
             if EIGHT:
                 apart = tl.where(filled[:, None], k.to(tl.float32) - centre[None, :], 0.0)
-                step = tl.maximum(tl.max(tl.max(tl.abs(apart), 1), 0), 1.0e-30) / 448
-                tl.store(k_eight_ptr + row[:, None] * DIM + dim[None, :], (apart / step).to(tl.float8e4nv))
+                step = tl.maximum(tl.max(tl.max(tl.abs(apart), 1), 0), 1.0e-30) / 127
+                tl.store(k_eight_ptr + row[:, None] * DIM + dim[None, :], tl.floor(apart / step + 0.5).to(tl.int8))
                 tl.store(k_step_ptr + lane * n_blocks + block, step)
             if in_image:
                 weighted = k.to(tl.float32) * weight[:, None]
