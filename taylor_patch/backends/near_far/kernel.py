@@ -37,13 +37,10 @@ def attend_kernel(q_ptr, stride_qb, stride_qh, stride_qn, stride_qd, out_ptr, st
     far [heads, image blocks, far_stride]: log2 of n_b, or -inf where a block is exact or does not exist; list [heads, blocks, blocks] and
     count [heads, blocks] say which are exact. AIMED: setting [heads, 4] holds factors of the second-order term and of the linear one
     at places 1 and 2 (aim.py). Logits are in units of log2; sums are float32. Grid (blocks, query heads of the round);
-    the queries outside the image of all heads come first, because they take longest.
+    queries outside the image come first, because they take longest.
     """
-    number = tl.program_id(1) * n_blocks + tl.program_id(0)
-    n_outside = n_blocks - n_image_blocks
-    rest = number - n_outside * tl.num_programs(1)
-    lane = tl.where(rest < 0, number // tl.maximum(n_outside, 1), rest // n_image_blocks).to(tl.int64)
-    query = tl.where(rest < 0, n_image_blocks + number % tl.maximum(n_outside, 1), n_image_blocks - 1 - rest % n_image_blocks)
+    query = n_blocks - 1 - tl.program_id(0)
+    lane = tl.program_id(1).to(tl.int64)
     kv_lane = lane // GROUP
     batch, head = (first_head + lane) // n_heads, (first_head + lane) % n_heads
     factor = scale * 1.4426950408889634
