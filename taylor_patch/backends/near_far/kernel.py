@@ -23,9 +23,9 @@ def _rows(x, base, first, n, DIM: tl.constexpr, ROWS: tl.constexpr, TMA: tl.cons
     return rows
 
 
-@triton.jit
-def _attend_block(lane, query, q_ptr, stride_qb, stride_qh, stride_qn, stride_qd, out_ptr, stride_ob, stride_oh, stride_on, stride_od,
-                  k, v, bias_ptr, mean_k, mean_v, trace_ptr, centre_ptr, covariance, column_scale_ptr, far_ptr, list_ptr, count_ptr, 
+@triton.jit(do_not_specialize=SIZES)
+def attend_kernel(q_ptr, stride_qb, stride_qh, stride_qn, stride_qd, out_ptr, stride_ob, stride_oh, stride_on, stride_od,
+                  k, v, bias_ptr, mean_k, mean_v, trace_ptr, centre_ptr, covariance, column_scale_ptr, far_ptr, list_ptr, count_ptr, order_ptr,
                   setting_ptr, scale, first_head, n_heads, GROUP, n_blocks, n_image_blocks, far_stride, GRID_T, GRID_H, GRID_W, START, OUTSIDE,
                   TILE_T: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, FAR: tl.constexpr,
                   BIASED: tl.constexpr, TAIL: tl.constexpr, AIMED: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr):
@@ -36,8 +36,11 @@ def _attend_block(lane, query, q_ptr, stride_qb, stride_qh, stride_qn, stride_qd
     k, v [lanes * blocks * 64, DIM], mean_k, mean_v [lanes * image blocks, DIM], covariance [lanes * 2 DIM, DIM]: pointers or descriptors.
     far [heads, image blocks, far_stride]: log2 of n_b, or -inf where a block is exact or does not exist; list [heads, blocks, blocks] and
     count [heads, blocks] say which are exact. AIMED: setting [heads, 4] holds factors of the second-order term and of the linear one
-    at places 1 and 2 (aim.py). Logits are in units of log2; sums are float32.
+    at places 1 and 2 (aim.py). Logits are in units of log2; sums are float32. Grid (blocks, query heads of the round);
+    the longest lists of a head come first, as order [heads, blocks] has them.
     """
+    lane = tl.program_id(1).to(tl.int64)
+    query = tl.load(order_ptr + lane * n_blocks + tl.program_id(0))
     kv_lane = lane // GROUP
     batch, head = (first_head + lane) // n_heads, (first_head + lane) % n_heads
     factor = scale * 1.4426950408889634
@@ -110,26 +113,3 @@ def _attend_block(lane, query, q_ptr, stride_qb, stride_qh, stride_qn, stride_qd
     token, filled = block_tokens(query + late, place, n_image_blocks, GRID_T, GRID_H, GRID_W, START, OUTSIDE, TILE_T, TILE_H, TILE_W)
     out = out_ptr + batch * stride_ob + head * stride_oh + token.to(tl.int64)[:, None] * stride_on + dim[None, :] * stride_od
     tl.store(out, total.to(out_ptr.dtype.element_ty), mask=filled[:, None] & (dim[None, :] < D))
-
-
-@triton.jit(do_not_specialize=SIZES)
-def attend_kernel(q_ptr, stride_qb, stride_qh, stride_qn, stride_qd, out_ptr, stride_ob, stride_oh, stride_on, stride_od,
-                  k, v, bias_ptr, mean_k, mean_v, trace_ptr, centre_ptr, covariance, column_scale_ptr, far_ptr, list_ptr, count_ptr,
-                    order_ptr, next_ptr, items,
-                  setting_ptr, scale, first_head, n_heads, GROUP, n_blocks, n_image_blocks, far_stride, GRID_T, GRID_H, GRID_W, START, OUTSIDE,
-                  TILE_T: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, FAR: tl.constexpr,
-                  BIASED: tl.constexpr, TAIL: tl.constexpr, AIMED: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr):
-    """attention of all query blocks of a round: a fixed number of programs take them one by one, the longest lists of a head first.
-
-    next [1] int32: number of the block to take next, 0 at the start; order [heads, blocks]; items: heads * blocks.
-    """
-    item = tl.atomic_add(next_ptr, 1)
-    while item < items:
-        lane = (item // n_blocks).to(tl.int64)
-        query = tl.load(order_ptr + item)
-        _attend_block(lane, query, q_ptr, stride_qb, stride_qh, stride_qn, stride_qd, out_ptr, stride_ob, stride_oh, stride_on,
-                          stride_od, k, v, bias_ptr, mean_k, mean_v, trace_ptr, centre_ptr, covariance, column_scale_ptr,
-                          far_ptr, list_ptr, count_ptr, setting_ptr, scale, first_head, n_heads, GROUP, n_blocks,
-                          n_image_blocks, far_stride, GRID_T, GRID_H, GRID_W, START, OUTSIDE, TILE_T, TILE_H, TILE_W, D,
-                          DIM, FAR, BIASED, TAIL, AIMED, TMA, PRECISION)
-        item = tl.atomic_add(next_ptr, 1)

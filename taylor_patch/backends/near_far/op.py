@@ -199,13 +199,7 @@ def select(plan: plans.Plan, space: dict[str, Tensor], lanes: int, density: floa
     select_kernel[(triton.cdiv(plan.blocks, 8), lanes * plan.group)](
         space["far"], space["histogram"], space["log_mass"], space["list"], space["count"], density, setting, always,
         plan.blocks, plan.image_blocks, plan.far_stride, plan.group, 8, 128, plans.BINS, settled is not None)
-    order_kernel[(triton.cdiv(plan.blocks, 32), lanes * plan.group)](space["count"], space["order"], space["next"], plan.blocks, 32, 128)
-
-
-@lru_cache(maxsize=16)
-def _programs(device: torch.device) -> int:
-    """Programs of the attention kernel that run at a time: two a multiprocessor."""
-    return 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+    order_kernel[(triton.cdiv(plan.blocks, 32), lanes * plan.group)](space["count"], space["order"], plan.blocks, 32, 128)
 
 
 def attend_round(plan: plans.Plan, space: dict[str, Tensor], q: Tensor, out: Tensor, first: int, lanes: int, scale: float,
@@ -218,10 +212,9 @@ def attend_round(plan: plans.Plan, space: dict[str, Tensor], q: Tensor, out: Ten
         k, v = (TensorDescriptor.from_tensor(x, [64, plan.dim]) for x in (k, v))
         mean_k, mean_v = (TensorDescriptor.from_tensor(x, [tiles.far, plan.dim]) for x in (mean_k, mean_v))
         covariance = TensorDescriptor.from_tensor(covariance, [plan.dim, plan.dim])
-    items = plan.blocks * lanes * plan.group
-    attend_kernel[(min(items, _programs(q.device)),)](
+    attend_kernel[(plan.blocks, lanes * plan.group)](
         q, *q.stride(), out, *out.stride(), k, v, space["bias"], mean_k, mean_v, space["trace"], space["centre"], covariance,
-        space["column_scale"], space["far"], space["list"], space["count"], space["order"], space["next"], items,
+        space["column_scale"], space["far"], space["list"], space["count"], space["order"],
         space["column_scale"] if settled is None else settled.setting, scale, first * plan.group, plan.heads, plan.group, plan.blocks,
         plan.image_blocks, plan.far_stride, *_geometry(plan), plan.head_dim, plan.dim, tiles.far, plan.biased, TAILS[tail],
         settled is not None, tma, _precision(plan), num_warps=tiles.warps, num_stages=tiles.stages, maxnreg=tiles.registers or None)

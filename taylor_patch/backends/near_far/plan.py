@@ -178,7 +178,6 @@ class Plan:
         yield "list", (self.group, self.blocks, self.blocks), torch.int16 if self.blocks < 2**15 else torch.int32
         yield "count", (self.group, self.blocks), torch.int32
         yield "order", (self.group, self.blocks), torch.int32
-        yield "next", (1,), torch.int32
         if self.aimed:
             yield "block_mass", (self.group, aim.ROWS, self.image_blocks), full
             for name, densities in (("exact", 1), ("near", len(aim.DENSITIES))):

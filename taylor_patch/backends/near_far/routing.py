@@ -152,8 +152,8 @@ def select_kernel(far_ptr, histogram_ptr, log_mass_ptr, list_ptr, count_ptr, den
 
 
 @triton.jit(do_not_specialize=SIZES)
-def order_kernel(count_ptr, order_ptr, next_ptr, n_blocks, QUERIES: tl.constexpr, OTHERS: tl.constexpr):
-    """order [heads, blocks]: the query blocks of a head, the longest lists first; and next [1] set to 0. Grid (blocks / QUERIES, heads)."""
+def order_kernel(count_ptr, order_ptr, n_blocks, QUERIES: tl.constexpr, OTHERS: tl.constexpr):
+    """order [heads, blocks]: the query blocks of a head, the longest lists first. Grid (blocks / QUERIES, heads)."""
     lane = tl.program_id(1).to(tl.int64)
     query = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
     count = tl.load(count_ptr + lane * n_blocks + query, mask=query < n_blocks, other=0)
@@ -163,6 +163,4 @@ def order_kernel(count_ptr, order_ptr, next_ptr, n_blocks, QUERIES: tl.constexpr
         length = tl.load(count_ptr + lane * n_blocks + other, mask=other < n_blocks, other=-1)
         before = (length[None, :] > count[:, None]) | ((length[None, :] == count[:, None]) & (other[None, :] < query[:, None]))
         rank += tl.sum(before.to(tl.int32), 1)
-    if (tl.program_id(0) == 0) & (lane == 0):
-        tl.store(next_ptr, 0)
     tl.store(order_ptr + lane * n_blocks + rank, query, mask=query < n_blocks)
