@@ -142,16 +142,6 @@ def test_density_one_is_exact_attention(masked):
     assert error(out, exact(call, torch.float64)) <= 1.5 * rounding(call)
 
 
-def test_split_lists_give_the_same(monkeypatch):
-    call = make_call(2, 4, 2, 70, (1, 9, 14), 9, 40, torch.float16, True)
-    whole = op.attend(call, 0.3)
-    monkeypatch.setattr(plan, "LONGEST_LIST", 2)
-    plan.make.cache_clear()
-    assert plan_of(call).parts == 3
-    assert error(op.attend(call, 0.3), whole) < 1e-3
-    plan.make.cache_clear()
-
-
 def test_rounds_of_few_heads_give_the_same(monkeypatch):
     call = make_call(2, 4, 2, 3, (1, 9, 14), 0, 40, torch.float16, True)
     whole = op.attend(call, 0.3)

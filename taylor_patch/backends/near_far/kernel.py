@@ -26,11 +26,9 @@ def _rows(x, base, first, n, DIM: tl.constexpr, ROWS: tl.constexpr, TMA: tl.cons
 @triton.jit(do_not_specialize=SIZES)
 def attend_kernel(q_ptr, stride_qb, stride_qh, stride_qn, stride_qd, out_ptr, stride_ob, stride_oh, stride_on, stride_od,
                   k, v, bias_ptr, mean_k, mean_v, trace_ptr, centre_ptr, covariance, column_scale_ptr, far_ptr, list_ptr, count_ptr,
-                  numerator_ptr, top_ptr, mass_ptr, n_parts,
                   setting_ptr, scale, first_head, n_heads, GROUP, n_blocks, n_image_blocks, far_stride, GRID_T, GRID_H, GRID_W, START, OUTSIDE,
                   TILE_T: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, FAR: tl.constexpr,
-                  BIASED: tl.constexpr, TAIL: tl.constexpr, AIMED: tl.constexpr, SPLIT: tl.constexpr,
-                  TMA: tl.constexpr, PRECISION: tl.constexpr):
+                  BIASED: tl.constexpr, TAIL: tl.constexpr, AIMED: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr):
     """softmax(scale q k' + bias) v, with the keys of far block b replaced by
 
         weight n_b exp(scale q.k_b + 1/2 t_b scale^2 q' S_w q)  and  value v_b + scale C_w' q.
@@ -38,18 +36,11 @@ def attend_kernel(q_ptr, stride_qb, stride_qh, stride_qn, stride_qd, out_ptr, st
     k, v [lanes * blocks * 64, DIM], mean_k, mean_v [lanes * image blocks, DIM], covariance [lanes * 2 DIM, DIM]: pointers or descriptors.
     far [heads, image blocks, far_stride]: log2 of n_b, or -inf where a block is exact or does not exist; list [heads, blocks, blocks] and
     count [heads, blocks] say which are exact. AIMED: setting [heads, 4] holds factors of the second-order term and of the linear one
-    at places 1 and 2 (aim.py). Logits are in units of log2; sums are float32. Grid (image blocks and the parts of others, query heads);
-    the queries outside the image of all heads come first, because they take longest.
-    SPLIT: their lists are split among n_parts programs, which leave sums [heads, blocks outside the image, n_parts, 64, DIM], tops and
-    masses.
+    at places 1 and 2 (aim.py). Logits are in units of log2; sums are float32. Grid (blocks, query heads of the round);
+    queries outside the image come first, because they take longest.
     """
-    n_outside = (n_blocks - n_image_blocks) * n_parts
-    number = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-    rest = number - n_outside * tl.num_programs(1)
-    lane = tl.where(rest < 0, number // tl.maximum(n_outside, 1), rest // n_image_blocks).to(tl.int64)
-    part = tl.where(rest < 0, number % n_parts, 0)
-    query = tl.where(rest < 0, n_image_blocks + number // n_parts % tl.maximum(n_blocks - n_image_blocks, 1),
-                     n_image_blocks - 1 - rest % n_image_blocks)
+    query = n_blocks - 1 - tl.program_id(0)
+    lane = tl.program_id(1).to(tl.int64)
     kv_lane = lane // GROUP
     batch, head = (first_head + lane) // n_heads, (first_head + lane) % n_heads
     factor = scale * 1.4426950408889634
@@ -89,9 +80,7 @@ def attend_kernel(q_ptr, stride_qb, stride_qh, stride_qn, stride_qd, out_ptr, st
     tail_top, tail_mass = top, mass
     blocks = list_ptr + (lane * n_blocks + query) * n_blocks
     block = 0
-    count = tl.load(count_ptr + lane * n_blocks + query)
-    each = tl.where(rest < 0, tl.cdiv(count, n_parts), count)
-    for j in range(part * each, tl.minimum((part + 1) * each, count)):
+    for j in range(0, tl.load(count_ptr + lane * n_blocks + query)):
         block = tl.load(blocks + j).to(tl.int32)
         first_row = (kv_lane * n_blocks + block) * 64
         logit = tl.dot(q, tl.trans(_rows(k, first_row, 0, 64, DIM, 64, TMA, True)), input_precision=PRECISION)
@@ -109,12 +98,6 @@ def attend_kernel(q_ptr, stride_qb, stride_qh, stride_qn, stride_qd, out_ptr, st
         top = new_top
     # 0, but only known after the loop: addresses that depend on it take no registers during the loop.
     late = tl.where(block < 0, 1, 0)
-    if SPLIT:  # noqa: SIM102 - one is known when the kernel is compiled
-        if rest < 0:
-            at = (lane * n_outside + (query + late - n_image_blocks) * n_parts + part) * 64 + place
-            tl.store(numerator_ptr + at[:, None] * DIM + dim[None, :], total)
-            tl.store(top_ptr + at, top)
-            tl.store(mass_ptr + at, mass)
     norm = tl.where(mass > 0, 1.0 / mass, 0.0)
     total *= norm[:, None]
     if TAIL == CUMULANT:
@@ -128,34 +111,5 @@ def attend_kernel(q_ptr, stride_qb, stride_qh, stride_qn, stride_qd, out_ptr, st
         total = tl.dot((q.to(tl.float32) * (share * scale)[:, None]).to(q.dtype), linear, total, input_precision=PRECISION)
         total *= tl.where(column_scale > 0, column_scale, 1.0)[None, :]
     token, filled = block_tokens(query + late, place, n_image_blocks, GRID_T, GRID_H, GRID_W, START, OUTSIDE, TILE_T, TILE_H, TILE_W)
-    if SPLIT:
-        filled = tl.where(rest < 0, 0, filled.to(tl.int32)) != 0
-    out = out_ptr + batch * stride_ob + head * stride_oh + token.to(tl.int64)[:, None] * stride_on + dim[None, :] * stride_od
-    tl.store(out, total.to(out_ptr.dtype.element_ty), mask=filled[:, None] & (dim[None, :] < D))
-
-
-@triton.jit(do_not_specialize=SIZES)
-def merge_kernel(numerator_ptr, top_ptr, mass_ptr, n_parts, out_ptr, stride_ob, stride_oh, stride_on, stride_od, first_head, n_heads, n_blocks,
-                 n_image_blocks, GRID_T, GRID_H, GRID_W, START, OUTSIDE, TILE_T: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
-                 D: tl.constexpr, DIM: tl.constexpr):
-    """The parts of the query blocks outside the image -> their attention. Grid (blocks outside the image, query heads of the round)."""
-    lane = tl.program_id(1).to(tl.int64)
-    batch, head = (first_head + lane) // n_heads, (first_head + lane) % n_heads
-    dim = tl.arange(0, DIM)
-    place = tl.arange(0, 64)
-    top = tl.full((64,), -1.0e30, tl.float32)
-    mass = tl.zeros((64,), tl.float32)
-    total = tl.zeros((64, DIM), tl.float32)
-    for part in range(n_parts):
-        at = ((lane * tl.num_programs(0) + tl.program_id(0)) * n_parts + part) * 64 + place
-        part_top = tl.load(top_ptr + at)
-        new_top = tl.maximum(top, part_top)
-        old, new = tl.exp2(top - new_top), tl.exp2(part_top - new_top)
-        mass = mass * old + tl.load(mass_ptr + at) * new
-        total = total * old[:, None] + tl.load(numerator_ptr + at[:, None] * DIM + dim[None, :]) * new[:, None]
-        top = new_top
-    total *= tl.where(mass > 0, 1.0 / mass, 0.0)[:, None]
-    token, filled = block_tokens(n_image_blocks + tl.program_id(0), place, n_image_blocks, GRID_T, GRID_H, GRID_W, START, OUTSIDE,
-                                 TILE_T, TILE_H, TILE_W)
     out = out_ptr + batch * stride_ob + head * stride_oh + token.to(tl.int64)[:, None] * stride_on + dim[None, :] * stride_od
     tl.store(out, total.to(out_ptr.dtype.element_ty), mask=filled[:, None] & (dim[None, :] < D))

@@ -12,7 +12,7 @@ from torch import Tensor
 from taylor_patch.backends.near_far import aim
 from taylor_patch.backends.near_far import plan as plans
 from taylor_patch.backends.near_far.aim import Settled
-from taylor_patch.backends.near_far.kernel import attend_kernel, merge_kernel
+from taylor_patch.backends.near_far.kernel import attend_kernel
 from taylor_patch.backends.near_far.prepare import covariance_kernel, gather_kernel, pool_kernel
 from taylor_patch.backends.near_far.probing import choose_kernel, probe_kernel, sink_kernel, tail_kernel
 from taylor_patch.backends.near_far.routing import score_kernel, select_kernel, total_kernel
@@ -211,15 +211,9 @@ def attend_round(plan: plans.Plan, space: dict[str, Tensor], q: Tensor, out: Ten
         k, v = (TensorDescriptor.from_tensor(x, [64, plan.dim]) for x in (k, v))
         mean_k, mean_v = (TensorDescriptor.from_tensor(x, [tiles.far, plan.dim]) for x in (mean_k, mean_v))
         covariance = TensorDescriptor.from_tensor(covariance, [plan.dim, plan.dim])
-    heads, outside = lanes * plan.group, plan.blocks - plan.image_blocks
-    parts = space["part_numerator"], space["part_top"], space["part_mass"], plan.parts
-    attend_kernel[(plan.image_blocks + outside * plan.parts, heads)](
+    attend_kernel[(plan.blocks, lanes * plan.group)](
         q, *q.stride(), out, *out.stride(), k, v, space["bias"], mean_k, mean_v, space["trace"], space["centre"], covariance,
-        space["column_scale"], space["far"], space["list"], space["count"], *parts,
+        space["column_scale"], space["far"], space["list"], space["count"],
         space["column_scale"] if settled is None else settled.setting, scale, first * plan.group, plan.heads, plan.group, plan.blocks,
         plan.image_blocks, plan.far_stride, *_geometry(plan), plan.head_dim, plan.dim, tiles.far, plan.biased, TAILS[tail],
-        settled is not None, plan.parts > 1, tma, _precision(plan),
-        num_warps=tiles.warps, num_stages=tiles.stages, maxnreg=tiles.registers or None)
-    if plan.parts > 1:
-        merge_kernel[(outside, heads)](*parts, out, *out.stride(), first * plan.group, plan.heads, plan.blocks, plan.image_blocks,
-                                       *_geometry(plan), plan.head_dim, plan.dim)
+        settled is not None, tma, _precision(plan), num_warps=tiles.warps, num_stages=tiles.stages, maxnreg=tiles.registers or None)

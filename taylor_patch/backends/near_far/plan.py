@@ -24,8 +24,6 @@ ROUTING_SAMPLES = 4
 """Means of a query block's quarters, which vote on its near blocks."""
 BINS = 1024
 """Bins of the histogram of predicted masses."""
-LONGEST_LIST = 128
-"""Key blocks that one program takes of the list of a query block outside the image."""
 PROBE_PROGRAMS = 528
 """Programs of the probe that are aimed at."""
 
@@ -129,11 +127,6 @@ class Plan:
         return self.masked or self.tokens != self.blocks * BLOCK
 
     @cached_property
-    def parts(self) -> int:
-        """Programs that share the list of a query block outside the image, which has every block in it."""
-        return -(-self.blocks // LONGEST_LIST) if self.outside else 1
-
-    @cached_property
     def splits(self) -> int:
         """Programs of the preparation kernel per lane and part."""
         return max(1, min(self.image_blocks, COVARIANCE_PROGRAMS // (2 * self.dim // self.column_tile * self.round_lanes)))
@@ -184,10 +177,6 @@ class Plan:
         yield "histogram", (self.group, 2 * BINS), torch.int32
         yield "list", (self.group, self.blocks, self.blocks), torch.int16 if self.blocks < 2**15 else torch.int32
         yield "count", (self.group, self.blocks), torch.int32
-        shared = (self.group, (self.blocks - self.image_blocks) * self.parts if self.parts > 1 else 0, BLOCK)
-        yield "part_numerator", (*shared, dim), full
-        yield "part_top", shared, full
-        yield "part_mass", shared, full
         if self.aimed:
             yield "block_mass", (self.group, aim.ROWS, self.image_blocks), full
             for name, densities in (("exact", 1), ("near", len(aim.DENSITIES))):
