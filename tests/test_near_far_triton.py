@@ -59,7 +59,7 @@ def make_call(batch, heads, heads_kv, before, sides, after, head_dim, dtype, mas
 
 def plan_of(call, tma=False, aimed=False):
     batch, heads, tokens, head_dim = call.q.shape
-    tiles = plan.Tiles(tma=tma) if head_dim * call.q.element_size() <= 256 else plan.Tiles(far=32, stages=1, far_stages=1)
+    tiles = plan.Tiles(tma=tma) if head_dim * call.q.element_size() <= 256 else plan.Tiles(far=32, stages=1)
     return plan.Plan(batch, heads, call.k.shape[1], tokens, head_dim, call.q.dtype, call.key_mask is not None, call.grid, tiles, aimed)
 
 

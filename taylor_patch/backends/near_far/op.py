@@ -216,4 +216,4 @@ def attend_round(plan: plans.Plan, space: dict[str, Tensor], q: Tensor, out: Ten
         space["column_scale"], space["far"], space["list"], space["count"],
         space["column_scale"] if settled is None else settled.setting, scale, first * plan.group, plan.heads, plan.group, plan.blocks,
         plan.image_blocks, plan.far_stride, *_geometry(plan), plan.head_dim, plan.dim, tiles.far, plan.biased, TAILS[tail],
-        settled is not None, tma, tiles.stages, tiles.far_stages, _precision(plan), num_warps=tiles.warps, maxnreg=tiles.registers or None)
+        settled is not None, tma, _precision(plan), num_warps=tiles.warps, num_stages=tiles.stages, maxnreg=tiles.registers or None)

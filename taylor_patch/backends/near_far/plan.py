@@ -38,23 +38,20 @@ CROSSOVER_TOKENS: dict[tuple[int, int], int] = {(9, 0): 8192}
 class Tiles:
     """Launch parameters of the attention kernel.
 
-    far: block means of one step of the far field. stages, far_stages: tiles of the near and of the far field that are in shared memory
-    at a time. registers: limit per thread, 0 for none. tma: tiles of k and v come through the tensor memory accelerator, where Triton
-    has descriptors.
+    far: block means of one step of the far field. registers: limit per thread, 0 for none. tma: tiles of k and v come through the tensor
+    memory accelerator, where Triton has descriptors.
     """
 
     far: int = 64
     warps: int = 4
     stages: int = 2
-    far_stages: int = 2
     registers: int = 0
     tma: bool = False
 
 
 TUNED: dict[tuple[int, int, int], Tiles] = {
-    (9, 2, 64): Tiles(stages=3, tma=True),
-    # 114 KB, so that two programs fit on a multiprocessor; with three stages of the far field one does.
-    (9, 2, 128): Tiles(stages=3, tma=True),
+    (9, 2, 64): Tiles(tma=True),
+    (9, 2, 128): Tiles(tma=True),
 }
 """(major compute capability, bytes of an element, padded head_dim) -> tiles that were fastest."""
 
@@ -201,7 +198,7 @@ class Plan:
 def tiles_for(capability: tuple[int, int], dtype: torch.dtype, head_dim: int) -> Tiles:
     """Tuned tiles where somebody measured, else ones that fit in shared memory nearly everywhere."""
     dim = max(16, 1 << (head_dim - 1).bit_length())
-    fallback = Tiles(far=32, stages=1, far_stages=1) if dim * dtype.itemsize > 256 else Tiles()
+    fallback = Tiles(far=32, stages=1) if dim * dtype.itemsize > 256 else Tiles()
     return TUNED.get((capability[0], dtype.itemsize, dim), fallback)
 
 
