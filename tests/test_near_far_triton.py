@@ -136,17 +136,6 @@ def test_descriptors_give_the_same():
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["no mask", "two masks"])
-def test_density_one_in_eight_bit_is_exact_attention(masked, monkeypatch):
-    """Errors of 8 bit: a few parts in a thousand, also far from the origin, since k is centred."""
-    call = make_call(2, 2, 1, 3, (1, 9, 14), 7, 64, torch.float16, masked)
-    call.k[:] += 5
-    tiles = plan.Tiles
-    monkeypatch.setattr(plan, "Tiles", lambda **about: tiles(**about, eight=True))
-    out, _ = run_round(call, 1.0, "cumulant")
-    assert 1.5 * rounding(call) < error(out, exact(call, torch.float64)) < 0.03
-
-
-@pytest.mark.parametrize("masked", [False, True], ids=["no mask", "two masks"])
 def test_density_one_is_exact_attention(masked):
     call = make_call(2, 2, 1, 3, (1, 9, 14), 7, 64, torch.float16, masked, contiguous=False)
     out, _ = run_round(call, 1.0, "cumulant")

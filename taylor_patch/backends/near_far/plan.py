@@ -47,13 +47,11 @@ class Tiles:
     stages: int = 2
     registers: int = 0
     tma: bool = False
-    eight: bool = False
-    """Whether q and k of the near field are multiplied in int8."""
 
 
 TUNED: dict[tuple[int, int, int], Tiles] = {
-    (9, 2, 64): Tiles(tma=True, eight=True),
-    (9, 2, 128): Tiles(tma=True, eight=True),
+    (9, 2, 64): Tiles(tma=True),
+    (9, 2, 128): Tiles(tma=True),
 }
 """(major compute capability, bytes of an element, padded head_dim) -> tiles that were fastest."""
 
@@ -129,11 +127,6 @@ class Plan:
         return self.masked or self.tokens != self.blocks * BLOCK
 
     @cached_property
-    def eight(self) -> bool:
-        """True where q and k of the near field are multiplied in int8; a product of 8 bit needs 32 channels."""
-        return self.tiles.eight and self.dtype.itemsize == 2 and self.dim >= 32
-
-    @cached_property
     def splits(self) -> int:
         """Programs of the preparation kernel per lane and part."""
         return max(1, min(self.image_blocks, COVARIANCE_PROGRAMS // (2 * self.dim // self.column_tile * self.round_lanes)))
@@ -165,8 +158,6 @@ class Plan:
         dim, half, full = self.dim, self.dtype, torch.float32
         yield "k", (self.blocks * BLOCK, dim), half
         yield "v", (self.blocks * BLOCK, dim), half
-        yield "k_eight", (self.blocks * BLOCK if self.eight else 0, dim), torch.int8
-        yield "k_step", (self.blocks if self.eight else 0,), full
         yield "bias", (self.blocks * BLOCK if self.biased else 0,), full
         yield "mean_k", (self.image_blocks, dim), half
         yield "mean_v", (self.image_blocks, dim), half
