@@ -25,28 +25,22 @@ def _rows(x, base, first, n, DIM: tl.constexpr, ROWS: tl.constexpr, TMA: tl.cons
 
 @triton.jit(do_not_specialize=SIZES)
 def attend_kernel(q_ptr, stride_qb, stride_qh, stride_qn, stride_qd, out_ptr, stride_ob, stride_oh, stride_on, stride_od,
-                  k, k_step_ptr, v, bias_ptr, mean_k, mean_v, trace_ptr, centre_ptr, covariance, column_scale_ptr, far_ptr, list_ptr, count_ptr,
+                  k, v, bias_ptr, mean_k, mean_v, trace_ptr, centre_ptr, covariance, column_scale_ptr, far_ptr, list_ptr, count_ptr,
                   setting_ptr, scale, first_head, n_heads, GROUP, n_blocks, n_image_blocks, far_stride, GRID_T, GRID_H, GRID_W, START, OUTSIDE,
                   TILE_T: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, FAR: tl.constexpr,
-                  BIASED: tl.constexpr, TAIL: tl.constexpr, AIMED: tl.constexpr, EIGHT: tl.constexpr, TMA: tl.constexpr, STAGES: tl.constexpr,
-                  FAR_STAGES: tl.constexpr, PRECISION: tl.constexpr):
+                  BIASED: tl.constexpr, TAIL: tl.constexpr, AIMED: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr):
     """softmax(scale q k' + bias) v, with the keys of far block b replaced by
 
         weight n_b exp(scale q.k_b + 1/2 t_b scale^2 q' S_w q)  and  value v_b + scale C_w' q.
 
-    EIGHT: k is int8, less the lane's centre and in units of its block's step, k_step [lanes, blocks]; q is quantised row by row, and the
-    near logits are those of k less the centre, as the far ones are.
     k, v [lanes * blocks * 64, DIM], mean_k, mean_v [lanes * image blocks, DIM], covariance [lanes * 2 DIM, DIM]: pointers or descriptors.
     far [heads, image blocks, far_stride]: log2 of n_b, or -inf where a block is exact or does not exist; list [heads, blocks, blocks] and
     count [heads, blocks] say which are exact. AIMED: setting [heads, 4] holds factors of the second-order term and of the linear one
     at places 1 and 2 (aim.py). Logits are in units of log2; sums are float32. Grid (blocks, query heads of the round);
-    the queries outside the image of all heads come first, because they take longest.
+    queries outside the image come first, because they take longest.
     """
-    number = tl.program_id(1) * n_blocks + tl.program_id(0)
-    n_outside = n_blocks - n_image_blocks
-    rest = number - n_outside * tl.num_programs(1)
-    lane = tl.where(rest < 0, number // tl.maximum(n_outside, 1), rest // n_image_blocks).to(tl.int64)
-    query = tl.where(rest < 0, n_image_blocks + number % tl.maximum(n_outside, 1), n_image_blocks - 1 - rest % n_image_blocks)
+    query = n_blocks - 1 - tl.program_id(0)
+    lane = tl.program_id(1).to(tl.int64)
     kv_lane = lane // GROUP
     batch, head = (first_head + lane) // n_heads, (first_head + lane) % n_heads
     factor = scale * 1.4426950408889634
@@ -67,7 +61,7 @@ def attend_kernel(q_ptr, stride_qb, stride_qh, stride_qn, stride_qd, out_ptr, st
             if AIMED:
                 spread *= tl.load(setting_ptr + lane * 4 + 1)
         far_row = far_ptr + (lane * n_image_blocks + query) * far_stride
-        for first in tl.range(0, tl.where(query < n_image_blocks, n_image_blocks, 0), FAR, num_stages=FAR_STAGES):
+        for first in range(0, tl.where(query < n_image_blocks, n_image_blocks, 0), FAR):
             block = first + tl.arange(0, FAR)
             mean = _rows(mean_k, kv_lane * n_image_blocks, first, n_image_blocks, DIM, FAR, TMA, False)
             logit = tl.dot(q, tl.trans(mean), input_precision=PRECISION) * factor + tl.load(far_row + block)[None, :]
@@ -80,33 +74,23 @@ def attend_kernel(q_ptr, stride_qb, stride_qh, stride_qn, stride_qd, out_ptr, st
             value = _rows(mean_v, kv_lane * n_image_blocks, first, n_image_blocks, DIM, FAR, TMA, False)
             total = tl.dot(weight.to(value.dtype), value, total * shrink[:, None], input_precision=PRECISION)
             top = new_top
-        if not EIGHT:
-            # The means are those of k less a centre; from here on logits are those of k itself.
-            centre = tl.load(centre_ptr + kv_lane * DIM + dim)
-            top += tl.sum(q.to(tl.float32) * centre[None, :], 1) * factor
+        # The means are those of k less a centre; from here on logits are those of k itself.
+        centre = tl.load(centre_ptr + kv_lane * DIM + dim)
+        top += tl.sum(q.to(tl.float32) * centre[None, :], 1) * factor
     tail_top, tail_mass = top, mass
-    unit = tl.full((64,), 1.0, tl.float32) * factor
-    near_q = q
-    if EIGHT:
-        step = tl.maximum(tl.max(tl.abs(q.to(tl.float32)), 1), 1.0e-30) / 127
-        near_q = tl.floor(q.to(tl.float32) / step[:, None] + 0.5).to(tl.int8)
-        unit *= step
     blocks = list_ptr + (lane * n_blocks + query) * n_blocks
     block = 0
-    for j in tl.range(0, tl.load(count_ptr + lane * n_blocks + query), num_stages=STAGES):
+    for j in range(0, tl.load(count_ptr + lane * n_blocks + query)):
         block = tl.load(blocks + j).to(tl.int32)
         first_row = (kv_lane * n_blocks + block) * 64
-        by = unit
-        if EIGHT:
-            by = unit * tl.load(k_step_ptr + kv_lane * n_blocks + block)
-        logit = tl.dot(near_q, tl.trans(_rows(k, first_row, 0, 64, DIM, 64, TMA, True)), input_precision=PRECISION).to(tl.float32)
+        logit = tl.dot(q, tl.trans(_rows(k, first_row, 0, 64, DIM, 64, TMA, True)), input_precision=PRECISION)
         if BIASED:
-            logit = logit * by[:, None] + tl.load(bias_ptr + first_row + place)[None, :]
+            logit = logit * factor + tl.load(bias_ptr + first_row + place)[None, :]
             new_top = tl.maximum(top, tl.max(logit, 1))
             weight = tl.exp2(logit - new_top[:, None])
         else:
-            new_top = tl.maximum(top, tl.max(logit, 1) * by)
-            weight = tl.exp2(logit * by[:, None] - new_top[:, None])
+            new_top = tl.maximum(top, tl.max(logit, 1) * factor)
+            weight = tl.exp2(logit * factor - new_top[:, None])
         shrink = tl.exp2(top - new_top)
         mass = mass * shrink + tl.sum(weight, 1)
         value = _rows(v, first_row, 0, 64, DIM, 64, TMA, True)

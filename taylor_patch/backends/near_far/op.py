@@ -130,11 +130,10 @@ def prepare(plan: plans.Plan, space: dict[str, Tensor], q: Tensor, k: Tensor, v:
     wide = plan.dim * plan.dtype.itemsize > 256
     mask, stride_mb = (k, 0) if key_mask is None else (key_mask, key_mask.stride(0) if key_mask.shape[0] > 1 else 0)
     gather_kernel[(plan.blocks, lanes, 2 + plan.group)](
-        q, *q.stride(), k, *k.stride(), v, *v.stride(), mask, stride_mb, space["k"], space["v"], space["k_eight"], space["k_step"],
-        space["bias"], space["mean_k"], space["mean_v"], space["precise_k"], space["precise_v"], space["log_mass"], space["trace"],
-        space["centre"], space["sample"], space["sample_share"], space["histogram"], first,
-        plan.heads_kv, plan.group, plan.blocks, plan.image_blocks, plan.far_stride,
-        *_geometry(plan), plan.head_dim, plan.dim, plans.ROUTING_SAMPLES, plans.BINS, key_mask is not None, plan.biased, plan.eight,
+        q, *q.stride(), k, *k.stride(), v, *v.stride(), mask, stride_mb, space["k"], space["v"], space["bias"], space["mean_k"],
+        space["mean_v"], space["precise_k"], space["precise_v"], space["log_mass"], space["trace"], space["centre"], space["sample"],
+        space["sample_share"], space["histogram"], first, plan.heads_kv, plan.group, plan.blocks, plan.image_blocks, plan.far_stride,
+        *_geometry(plan), plan.head_dim, plan.dim, plans.ROUTING_SAMPLES, plans.BINS, key_mask is not None, plan.biased,
         num_warps=4 if wide else 2)
     columns = plan.column_tile
     covariance_kernel[(2 * plan.dim // columns, plan.splits, lanes)](
@@ -206,17 +205,15 @@ def attend_round(plan: plans.Plan, space: dict[str, Tensor], q: Tensor, out: Ten
                  tail: str, settled: Settled | None = None) -> None:
     """Attention of the lanes from `first` on, from a filled workspace into `out`."""
     tiles = plan.tiles
-    names = ("k_eight" if plan.eight else "k", "v", "mean_k", "mean_v", "covariance")
-    k, v, mean_k, mean_v, covariance = (space[name].view(-1, plan.dim) for name in names)
+    k, v, mean_k, mean_v, covariance = (space[name].view(-1, plan.dim) for name in ("k", "v", "mean_k", "mean_v", "covariance"))
     tma = tiles.tma and TensorDescriptor is not None
     if tma:
         k, v = (TensorDescriptor.from_tensor(x, [64, plan.dim]) for x in (k, v))
         mean_k, mean_v = (TensorDescriptor.from_tensor(x, [tiles.far, plan.dim]) for x in (mean_k, mean_v))
         covariance = TensorDescriptor.from_tensor(covariance, [plan.dim, plan.dim])
     attend_kernel[(plan.blocks, lanes * plan.group)](
-        q, *q.stride(), out, *out.stride(), k, space["k_step"], v, space["bias"], mean_k, mean_v, space["trace"], space["centre"], covariance,
+        q, *q.stride(), out, *out.stride(), k, v, space["bias"], mean_k, mean_v, space["trace"], space["centre"], covariance,
         space["column_scale"], space["far"], space["list"], space["count"],
         space["column_scale"] if settled is None else settled.setting, scale, first * plan.group, plan.heads, plan.group, plan.blocks,
         plan.image_blocks, plan.far_stride, *_geometry(plan), plan.head_dim, plan.dim, tiles.far, plan.biased, TAILS[tail],
-        settled is not None, plan.eight, tma, tiles.stages, tiles.far_stages, _precision(plan),
-        num_warps=tiles.warps, maxnreg=tiles.registers or None)
+        settled is not None, tma, _precision(plan), num_warps=tiles.warps, num_stages=tiles.stages, maxnreg=tiles.registers or None)

@@ -38,25 +38,20 @@ CROSSOVER_TOKENS: dict[tuple[int, int], int] = {(9, 0): 8192}
 class Tiles:
     """Launch parameters of the attention kernel.
 
-    far: block means of one step of the far field. stages, far_stages: tiles of the near and of the far field that are in shared memory
-    at a time. registers: limit per thread, 0 for none. tma: tiles of k and v come through the tensor memory accelerator, where Triton
-    has descriptors.
+    far: block means of one step of the far field. registers: limit per thread, 0 for none. tma: tiles of k and v come through the tensor
+    memory accelerator, where Triton has descriptors.
     """
 
     far: int = 64
     warps: int = 4
     stages: int = 2
-    far_stages: int = 2
     registers: int = 0
     tma: bool = False
-    eight: bool = False
-    """Whether q and k of the near field are multiplied in int8."""
 
 
 TUNED: dict[tuple[int, int, int], Tiles] = {
-    (9, 2, 64): Tiles(stages=3, tma=True, eight=True),
-    # 107 KB, so that two programs fit on a multiprocessor; with three stages of the far field one does.
-    (9, 2, 128): Tiles(stages=4, tma=True, eight=True),
+    (9, 2, 64): Tiles(tma=True),
+    (9, 2, 128): Tiles(tma=True),
 }
 """(major compute capability, bytes of an element, padded head_dim) -> tiles that were fastest."""
 
@@ -132,11 +127,6 @@ class Plan:
         return self.masked or self.tokens != self.blocks * BLOCK
 
     @cached_property
-    def eight(self) -> bool:
-        """True where q and k of the near field are multiplied in int8; a product of 8 bit needs 32 channels."""
-        return self.tiles.eight and self.dtype.itemsize == 2 and self.dim >= 32
-
-    @cached_property
     def splits(self) -> int:
         """Programs of the preparation kernel per lane and part."""
         return max(1, min(self.image_blocks, COVARIANCE_PROGRAMS // (2 * self.dim // self.column_tile * self.round_lanes)))
@@ -168,8 +158,6 @@ class Plan:
         dim, half, full = self.dim, self.dtype, torch.float32
         yield "k", (self.blocks * BLOCK, dim), half
         yield "v", (self.blocks * BLOCK, dim), half
-        yield "k_eight", (self.blocks * BLOCK if self.eight else 0, dim), torch.int8
-        yield "k_step", (self.blocks if self.eight else 0,), full
         yield "bias", (self.blocks * BLOCK if self.biased else 0,), full
         yield "mean_k", (self.image_blocks, dim), half
         yield "mean_v", (self.image_blocks, dim), half
@@ -210,7 +198,7 @@ class Plan:
 def tiles_for(capability: tuple[int, int], dtype: torch.dtype, head_dim: int) -> Tiles:
     """Tuned tiles where somebody measured, else ones that fit in shared memory nearly everywhere."""
     dim = max(16, 1 << (head_dim - 1).bit_length())
-    fallback = Tiles(far=32, stages=1, far_stages=1) if dim * dtype.itemsize > 256 else Tiles()
+    fallback = Tiles(far=32, stages=1) if dim * dtype.itemsize > 256 else Tiles()
     return TUNED.get((capability[0], dtype.itemsize, dim), fallback)
 
 

@@ -12,17 +12,14 @@ TINY = tl.constexpr(1.1754943508222875e-38)
 
 @triton.jit(do_not_specialize=SIZES)
 def gather_kernel(q_ptr, stride_qb, stride_qh, stride_qn, stride_qd, k_ptr, stride_kb, stride_kh, stride_kn, stride_kd,
-                  v_ptr, stride_vb, stride_vh, stride_vn, stride_vd, mask_ptr, stride_mb, k_out_ptr, v_out_ptr, k_eight_ptr,
-                  k_step_ptr, bias_ptr, mean_k_ptr, mean_v_ptr, precise_k_ptr, precise_v_ptr, log_mass_ptr, trace_ptr, centre_ptr,
+                  v_ptr, stride_vb, stride_vh, stride_vn, stride_vd, mask_ptr, stride_mb, k_out_ptr, v_out_ptr, bias_ptr,
+                  mean_k_ptr, mean_v_ptr, precise_k_ptr, precise_v_ptr, log_mass_ptr, trace_ptr, centre_ptr,
                   sample_ptr, share_ptr, histogram_ptr, first_lane, n_heads, GROUP, n_blocks, n_image_blocks, far_stride,
                   GRID_T, GRID_H, GRID_W, START, OUTSIDE, TILE_T: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
-                  D: tl.constexpr, DIM: tl.constexpr, SAMPLES: tl.constexpr, BINS: tl.constexpr, MASKED: tl.constexpr, BIASED: tl.constexpr,
-                  EIGHT: tl.constexpr):
+                  D: tl.constexpr, DIM: tl.constexpr, SAMPLES: tl.constexpr, BINS: tl.constexpr, MASKED: tl.constexpr, BIASED: tl.constexpr):
     """Everything that is known of one block alone: k and v in tile order, their weighted means (those of k less a centre in the dtype of k,
     and float32 ones), log2 masses, traces tr(S_b), biases times log2 e; means of the quarters of query blocks [heads, SAMPLES, image
     blocks, DIM] and the quarters' shares of the blocks' tokens.
-
-    EIGHT: also k less the centre in int8, in units of the block's step.
 
     Clears the histogram too. Grid (blocks, lanes, 2 + GROUP): k, v, then the query heads of the lane. Few warps a program: sums across
     warps are what costs time.
@@ -65,12 +62,12 @@ def gather_kernel(q_ptr, stride_qb, stride_qh, stride_qn, stride_qd, k_ptr, stri
             tl.store(k_out_ptr + row[:, None] * DIM + dim[None, :], k)
             if BIASED:
                 tl.store(bias_ptr + row, tl.log2(weight))
-            # Any centre is right: it only keeps the rounding of the block means small. So a mean of 8 keys does.
-            some = (START + tl.arange(0, 8).to(tl.int64) * (GRID_T * GRID_H * GRID_W) // 8)[:, None]
-            keys = tl.load(k_ptr + batch * stride_kb + head * stride_kh + some * stride_kn + dim[None, :] * stride_kd,
-                           mask=dim[None, :] < D, other=0.0)
-            centre = tl.sum(keys.to(tl.float32), 0) / 8
             if in_image:
+                # Any centre is right: it only keeps the rounding of the block means small. So a mean of 8 keys does.
+                some = (START + tl.arange(0, 8).to(tl.int64) * (GRID_T * GRID_H * GRID_W) // 8)[:, None]
+                keys = tl.load(k_ptr + batch * stride_kb + head * stride_kh + some * stride_kn + dim[None, :] * stride_kd,
+                               mask=dim[None, :] < D, other=0.0)
+                centre = tl.sum(keys.to(tl.float32), 0) / 8
                 weighted = k.to(tl.float32) * weight[:, None]
                 mean = tl.sum(weighted, 0) * per_mass
                 apart = k.to(tl.float32) - mean[None, :]
@@ -83,11 +80,6 @@ def gather_kernel(q_ptr, stride_qb, stride_qh, stride_qn, stride_qd, k_ptr, stri
                     tl.store(centre_ptr + lane * DIM + dim, centre)
                     beyond = n_image_blocks + tl.arange(0, 128)
                     tl.store(trace_ptr + lane * far_stride + beyond, tl.zeros((128,), tl.float32), mask=beyond < far_stride)
-            if EIGHT:
-                apart = tl.where(filled[:, None], k.to(tl.float32) - centre[None, :], 0.0)
-                step = tl.maximum(tl.max(tl.max(tl.abs(apart), 1), 0), 1.0e-30) / 127
-                tl.store(k_eight_ptr + row[:, None] * DIM + dim[None, :], tl.floor(apart / step + 0.5).to(tl.int8))
-                tl.store(k_step_ptr + lane * n_blocks + block, step)
         else:
             v = tl.load(v_ptr + batch * stride_vb + head * stride_vh + token * stride_vn + dim[None, :] * stride_vd, mask=inside, other=0.0)
             tl.store(v_out_ptr + row[:, None] * DIM + dim[None, :], v)
