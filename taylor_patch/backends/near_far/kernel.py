@@ -25,11 +25,11 @@ def _rows(x, base, first, n, DIM: tl.constexpr, ROWS: tl.constexpr, TMA: tl.cons
 
 @triton.jit(do_not_specialize=SIZES)
 def attend_kernel(q_ptr, stride_qb, stride_qh, stride_qn, stride_qd, out_ptr, stride_ob, stride_oh, stride_on, stride_od,
-                  k, v, bias_ptr, mean_k, mean_v, trace_ptr, centre_ptr, covariance, column_scale_ptr, far_ptr, list_ptr, count_ptr,
+                  k, v, bias_ptr, mean_k, mean_v, trace_ptr, centre_ptr, covariance, column_scale_ptr, far_ptr, list_ptr, count_ptr, order_ptr,
                   setting_ptr, scale, first_head, n_heads, GROUP, n_blocks, n_image_blocks, n_query_blocks, n_query_image_blocks, far_stride,
                   GRID_T, GRID_H, GRID_W, START, OUTSIDE, TILE_T: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
                   D: tl.constexpr, DIM: tl.constexpr, FAR: tl.constexpr, BIASED: tl.constexpr, TAIL: tl.constexpr, AIMED: tl.constexpr,
-                  TMA: tl.constexpr, PRECISION: tl.constexpr):
+                  TMA: tl.constexpr, STAGES: tl.constexpr, FAR_STAGES: tl.constexpr, PRECISION: tl.constexpr):
     """softmax(scale q k' + bias) v, with the keys of far block b replaced by
 
         weight n_b exp(scale q.k_b + 1/2 t_b scale^2 q' S_w q)  and  value v_b + scale C_w' q.
@@ -38,10 +38,15 @@ def attend_kernel(q_ptr, stride_qb, stride_qh, stride_qn, stride_qd, out_ptr, st
     far [heads, image blocks of the queries, far_stride]: log2 of n_b, or -inf where a block is exact or does not exist; list [heads, query
     blocks, blocks] and count [heads, query blocks] say which are exact. GRID and TILE are those of the queries. AIMED: setting [heads, 4]
     holds factors of the second-order term and of the linear one at places 1 and 2 (aim.py). Logits are in units of log2; sums are float32.
-    Grid (query blocks, query heads of the round); queries outside the image come first, because they take longest.
+    Grid (query blocks, query heads of the round). Queries outside the image of all heads come first, because they take longest, then
+    the others of a head in its order [heads, image blocks of the queries].
     """
-    query = n_query_blocks - 1 - tl.program_id(0)
-    lane = tl.program_id(1).to(tl.int64)
+    number = tl.program_id(1) * n_query_blocks + tl.program_id(0)
+    n_outside = n_query_blocks - n_query_image_blocks
+    inside = number - n_outside * tl.num_programs(1)
+    lane = tl.where(inside < 0, number // tl.maximum(n_outside, 1), inside // n_query_image_blocks).to(tl.int64)
+    query = tl.load(order_ptr + lane * n_query_image_blocks + inside % n_query_image_blocks, mask=inside >= 0,
+                    other=n_query_image_blocks + number % tl.maximum(n_outside, 1))
     kv_lane = lane // GROUP
     batch, head = (first_head + lane) // n_heads, (first_head + lane) % n_heads
     factor = scale * 1.4426950408889634
@@ -62,7 +67,7 @@ def attend_kernel(q_ptr, stride_qb, stride_qh, stride_qn, stride_qd, out_ptr, st
             if AIMED:
                 spread *= tl.load(setting_ptr + lane * 4 + 1)
         far_row = far_ptr + (lane * n_query_image_blocks + query) * far_stride
-        for first in range(0, tl.where(query < n_query_image_blocks, n_image_blocks, 0), FAR):
+        for first in tl.range(0, tl.where(query < n_query_image_blocks, n_image_blocks, 0), FAR, num_stages=FAR_STAGES):
             block = first + tl.arange(0, FAR)
             mean = _rows(mean_k, kv_lane * n_image_blocks, first, n_image_blocks, DIM, FAR, TMA, False)
             logit = tl.dot(q, tl.trans(mean), input_precision=PRECISION) * factor + tl.load(far_row + block)[None, :]
@@ -81,7 +86,7 @@ def attend_kernel(q_ptr, stride_qb, stride_qh, stride_qn, stride_qd, out_ptr, st
     tail_top, tail_mass = top, mass
     blocks = list_ptr + (lane * n_query_blocks + query) * n_blocks
     block = 0
-    for j in range(0, tl.load(count_ptr + lane * n_query_blocks + query)):
+    for j in tl.range(0, tl.load(count_ptr + lane * n_query_blocks + query), num_stages=STAGES):
         block = tl.load(blocks + j).to(tl.int32)
         first_row = (kv_lane * n_blocks + block) * 64
         logit = tl.dot(q, tl.trans(_rows(k, first_row, 0, 64, DIM, 64, TMA, True)), input_precision=PRECISION)

@@ -15,7 +15,7 @@ from taylor_patch.backends.near_far.aim import Settled
 from taylor_patch.backends.near_far.kernel import attend_kernel
 from taylor_patch.backends.near_far.prepare import covariance_kernel, gather_kernel, pool_kernel
 from taylor_patch.backends.near_far.probing import choose_kernel, probe_kernel, sink_kernel, tail_kernel
-from taylor_patch.backends.near_far.routing import score_kernel, select_kernel, total_kernel
+from taylor_patch.backends.near_far.routing import order_kernel, score_kernel, select_kernel, total_kernel
 from taylor_patch.backends.tiles import grids
 from taylor_patch.call import AttentionCall, TokenGrid
 
@@ -193,13 +193,15 @@ def probe(plan: plans.Plan, space: dict[str, Tensor], q: Tensor, first: int, lan
 
 
 def select(plan: plans.Plan, space: dict[str, Tensor], lanes: int, density: float, settled: Settled | None = None) -> None:
-    """Near blocks of every query block of a round, from the scores."""
+    """Near blocks of every query block of a round, from the scores, and the order in which query blocks are worked on."""
     setting, always = (space["histogram"], space["histogram"]) if settled is None else (settled.setting, settled.always)
     queries, keys = plan.queries, plan.keys
     select_kernel[(triton.cdiv(queries.blocks, 8), lanes * plan.group)](
         space["far"], space["histogram"], space["log_mass"], space["list"], space["count"], density, setting, always,
         keys.blocks, keys.image_blocks, queries.blocks, queries.image_blocks, plan.far_stride, plan.group, 8, 128, plans.BINS,
         settled is not None, plan.own)
+    order_kernel[(triton.cdiv(queries.image_blocks, 32), lanes * plan.group)](
+        space["count"], space["order"], queries.blocks, queries.image_blocks, 32, 128)
 
 
 def attend_round(plan: plans.Plan, space: dict[str, Tensor], q: Tensor, out: Tensor, first: int, lanes: int, scale: float,
@@ -214,8 +216,8 @@ def attend_round(plan: plans.Plan, space: dict[str, Tensor], q: Tensor, out: Ten
         covariance = TensorDescriptor.from_tensor(covariance, [plan.dim, plan.dim])
     attend_kernel[(queries.blocks, lanes * plan.group)](
         q, *q.stride(), out, *out.stride(), k, v, space["bias"], mean_k, mean_v, space["trace"], space["centre"], covariance,
-        space["column_scale"], space["far"], space["list"], space["count"],
+        space["column_scale"], space["far"], space["list"], space["count"], space["order"],
         space["column_scale"] if settled is None else settled.setting, scale, first * plan.group, plan.heads, plan.group, keys.blocks,
         keys.image_blocks, queries.blocks, queries.image_blocks, plan.far_stride, *queries.geometry, plan.head_dim, plan.dim, tiles.far,
-        plan.biased, TAILS[tail], settled is not None, tma, _precision(plan), num_warps=tiles.warps, num_stages=tiles.stages,
+        plan.biased, TAILS[tail], settled is not None, tma, tiles.stages, tiles.far_stages, _precision(plan), num_warps=tiles.warps,
         maxnreg=tiles.registers or None)

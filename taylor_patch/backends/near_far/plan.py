@@ -38,20 +38,23 @@ CROSSOVER_TOKENS: dict[tuple[int, int], int] = {(9, 0): 8192}
 class Tiles:
     """Launch parameters of the attention kernel.
 
-    far: block means of one step of the far field. registers: limit per thread, 0 for none. tma: tiles of k and v come through the tensor
-    memory accelerator, where Triton has descriptors.
+    far: block means of one step of the far field. stages, far_stages: tiles of the near and of the far field that are in shared memory
+    at a time. registers: limit per thread, 0 for none. tma: tiles of k and v come through the tensor memory accelerator, where Triton
+    has descriptors.
     """
 
     far: int = 64
     warps: int = 4
     stages: int = 2
+    far_stages: int = 2
     registers: int = 0
     tma: bool = False
 
 
 TUNED: dict[tuple[int, int, int], Tiles] = {
-    (9, 2, 64): Tiles(tma=True),
-    (9, 2, 128): Tiles(tma=True),
+    (9, 2, 64): Tiles(stages=3, tma=True),
+    # 114 KB, so that two programs fit on a multiprocessor; with three stages of the far field one does.
+    (9, 2, 128): Tiles(stages=3, tma=True),
 }
 """(major compute capability, bytes of an element, padded head_dim) -> tiles that were fastest."""
 
@@ -200,6 +203,7 @@ class Plan:
         yield "histogram", (self.group, 2 * BINS), torch.int32
         yield "list", (self.group, queries.blocks, keys.blocks), torch.int16 if keys.blocks < 2**15 else torch.int32
         yield "count", (self.group, queries.blocks), torch.int32
+        yield "order", (self.group, queries.image_blocks), torch.int32
         if self.aimed:
             yield "block_mass", (self.group, aim.ROWS, keys.image_blocks), full
             for name, densities in (("exact", 1), ("near", len(aim.DENSITIES))):
@@ -221,7 +225,7 @@ class Plan:
 def tiles_for(capability: tuple[int, int], dtype: torch.dtype, head_dim: int) -> Tiles:
     """Tuned tiles where somebody measured, else ones that fit in shared memory nearly everywhere."""
     dim = max(16, 1 << (head_dim - 1).bit_length())
-    fallback = Tiles(far=32, stages=1) if dim * dtype.itemsize > 256 else Tiles()
+    fallback = Tiles(far=32, stages=1, far_stages=1) if dim * dtype.itemsize > 256 else Tiles()
     return TUNED.get((capability[0], dtype.itemsize, dim), fallback)
 
 
