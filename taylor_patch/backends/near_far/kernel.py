@@ -25,7 +25,7 @@ def _rows(x, base, first, n, DIM: tl.constexpr, ROWS: tl.constexpr, TMA: tl.cons
 
 @triton.jit(do_not_specialize=SIZES)
 def attend_kernel(q_ptr, stride_qb, stride_qh, stride_qn, stride_qd, out_ptr, stride_ob, stride_oh, stride_on, stride_od,
-                  k, v, bias_ptr, mean_k, mean_v, trace_ptr, centre_ptr, covariance, column_scale_ptr, far_ptr, list_ptr, count_ptr,
+                  k, v, bias_ptr, mean_k, mean_v, trace_ptr, centre_ptr, covariance, column_scale_ptr, far_ptr, list_ptr, count_ptr, order_ptr,
                   setting_ptr, scale, first_head, n_heads, GROUP, n_blocks, n_image_blocks, far_stride, GRID_T, GRID_H, GRID_W, START, OUTSIDE,
                   TILE_T: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, FAR: tl.constexpr,
                   BIASED: tl.constexpr, TAIL: tl.constexpr, AIMED: tl.constexpr, TMA: tl.constexpr, STAGES: tl.constexpr,
@@ -38,13 +38,15 @@ def attend_kernel(q_ptr, stride_qb, stride_qh, stride_qn, stride_qd, out_ptr, st
     far [heads, image blocks, far_stride]: log2 of n_b, or -inf where a block is exact or does not exist; list [heads, blocks, blocks] and
     count [heads, blocks] say which are exact. AIMED: setting [heads, 4] holds factors of the second-order term and of the linear one
     at places 1 and 2 (aim.py). Logits are in units of log2; sums are float32. Grid (blocks, query heads of the round);
-    the queries outside the image of all heads come first, because they take longest.
+    the queries outside the image of all heads come first, because they take longest, then those of a head as order [heads, image blocks]
+    has them, the longest lists first.
     """
     number = tl.program_id(1) * n_blocks + tl.program_id(0)
     n_outside = n_blocks - n_image_blocks
     rest = number - n_outside * tl.num_programs(1)
     lane = tl.where(rest < 0, number // tl.maximum(n_outside, 1), rest // n_image_blocks).to(tl.int64)
-    query = tl.where(rest < 0, n_image_blocks + number % tl.maximum(n_outside, 1), n_image_blocks - 1 - rest % n_image_blocks)
+    place = lane * n_image_blocks + rest % n_image_blocks
+    query = tl.load(order_ptr + place, mask=rest >= 0, other=n_image_blocks + number % tl.maximum(n_outside, 1))
     kv_lane = lane // GROUP
     batch, head = (first_head + lane) // n_heads, (first_head + lane) % n_heads
     factor = scale * 1.4426950408889634

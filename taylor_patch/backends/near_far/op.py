@@ -15,7 +15,7 @@ from taylor_patch.backends.near_far.aim import Settled
 from taylor_patch.backends.near_far.kernel import attend_kernel
 from taylor_patch.backends.near_far.prepare import covariance_kernel, gather_kernel, pool_kernel
 from taylor_patch.backends.near_far.probing import choose_kernel, probe_kernel, sink_kernel, tail_kernel
-from taylor_patch.backends.near_far.routing import score_kernel, select_kernel, total_kernel
+from taylor_patch.backends.near_far.routing import order_kernel, score_kernel, select_kernel, total_kernel
 from taylor_patch.call import AttentionCall, TokenGrid
 
 try:
@@ -199,6 +199,8 @@ def select(plan: plans.Plan, space: dict[str, Tensor], lanes: int, density: floa
     select_kernel[(triton.cdiv(plan.blocks, 8), lanes * plan.group)](
         space["far"], space["histogram"], space["log_mass"], space["list"], space["count"], density, setting, always,
         plan.blocks, plan.image_blocks, plan.far_stride, plan.group, 8, 128, plans.BINS, settled is not None)
+    order_kernel[(triton.cdiv(plan.image_blocks, 32), lanes * plan.group)](
+        space["count"], space["order"], plan.blocks, plan.image_blocks, 32, 128)
 
 
 def attend_round(plan: plans.Plan, space: dict[str, Tensor], q: Tensor, out: Tensor, first: int, lanes: int, scale: float,
@@ -213,7 +215,7 @@ def attend_round(plan: plans.Plan, space: dict[str, Tensor], q: Tensor, out: Ten
         covariance = TensorDescriptor.from_tensor(covariance, [plan.dim, plan.dim])
     attend_kernel[(plan.blocks, lanes * plan.group)](
         q, *q.stride(), out, *out.stride(), k, v, space["bias"], mean_k, mean_v, space["trace"], space["centre"], covariance,
-        space["column_scale"], space["far"], space["list"], space["count"],
+        space["column_scale"], space["far"], space["list"], space["count"], space["order"],
         space["column_scale"] if settled is None else settled.setting, scale, first * plan.group, plan.heads, plan.group, plan.blocks,
         plan.image_blocks, plan.far_stride, *_geometry(plan), plan.head_dim, plan.dim, tiles.far, plan.biased, TAILS[tail],
         settled is not None, tma, tiles.stages, tiles.far_stages, _precision(plan), num_warps=tiles.warps, maxnreg=tiles.registers or None)

@@ -180,6 +180,7 @@ class Plan:
         yield "histogram", (self.group, 2 * BINS), torch.int32
         yield "list", (self.group, self.blocks, self.blocks), torch.int16 if self.blocks < 2**15 else torch.int32
         yield "count", (self.group, self.blocks), torch.int32
+        yield "order", (self.group, self.image_blocks), torch.int32
         if self.aimed:
             yield "block_mass", (self.group, aim.ROWS, self.image_blocks), full
             for name, densities in (("exact", 1), ("near", len(aim.DENSITIES))):

@@ -149,3 +149,18 @@ def select_kernel(far_ptr, histogram_ptr, log_mass_ptr, list_ptr, count_ptr, den
     tl.store(list_ptr + (lane * n_blocks + query) * n_blocks + length, best.to(list_ptr.dtype.element_ty), mask=missed)
     length += missed.to(tl.int32)
     tl.store(count_ptr + lane * n_blocks + query, length, mask=query < n_blocks)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def order_kernel(count_ptr, order_ptr, n_blocks, n_image_blocks, QUERIES: tl.constexpr, OTHERS: tl.constexpr):
+    """order [heads, image blocks]: the query blocks of a head, the longest lists first. Grid (image blocks / QUERIES, heads)."""
+    lane = tl.program_id(1).to(tl.int64)
+    query = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
+    count = tl.load(count_ptr + lane * n_blocks + query, mask=query < n_image_blocks, other=0)
+    rank = tl.zeros((QUERIES,), tl.int32)
+    for first in range(0, n_image_blocks, OTHERS):
+        other = first + tl.arange(0, OTHERS)
+        length = tl.load(count_ptr + lane * n_blocks + other, mask=other < n_image_blocks, other=-1)
+        before = (length[None, :] > count[:, None]) | ((length[None, :] == count[:, None]) & (other[None, :] < query[:, None]))
+        rank += tl.sum(before.to(tl.int32), 1)
+    tl.store(order_ptr + lane * n_image_blocks + rank, query, mask=query < n_image_blocks)
