@@ -1,4 +1,5 @@
-"""What near_far makes of the values that another picture has left on disk: `python -m benchmarks.remembered [--size 128] [--write]`.
+"""What near_far with `remember = true` makes of the values that another picture has left on disk:
+`python -m benchmarks.remembered [--size 128] [--write]`.
 
 The demo's model draws picture 17, seed 0, with an empty cache folder. Then it draws that picture again, one with another seed, other
 pictures, and the same one after a rank-4 change of all qkv weights (a LoRA: the fingerprint stays), each once with an empty folder and
@@ -62,7 +63,8 @@ def draw(picture: Picture, folder: Path, size: int, steps: int) -> dict[str, Any
     """Draw with `folder` as the cache folder: probes, calls and errors."""
     os.environ["XDG_CACHE_HOME"] = str(folder)
     network, texts, vectors = demo_model.load(torch.device("cpu"))
-    engine = engines.Engine({"taylor_patch": {"backend": "near_far", "quality_limit": 0.0, "quality_check": False}}, environ={})
+    engine = engines.Engine({"taylor_patch": {"backend": "near_far", "quality_limit": 0.0, "quality_check": False},
+                             "backends": {"near_far": {"remember": True}}}, environ={})
     engines.use(engine)
     probes, original, sampled = 0, reference.attend_aimed, demo.Sampled()
 

@@ -1,4 +1,4 @@
-"""What near_far has settled in earlier runs: used where a run's own probes agree with it, and never a reason to fail."""
+"""What near_far has settled in earlier runs: with `remember`, used where a run's own probes agree with it, and never a reason to fail."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from click.testing import CliRunner
 
 from taylor_patch import cache, tensor_cache
 from taylor_patch import engine as engines
-from taylor_patch.backends.near_far import NearFar, aim, reference, remembered
+from taylor_patch.backends.near_far import NearFar, NearFarOptions, aim, reference, remembered
 from taylor_patch.call import AttentionCall, TokenGrid
 from taylor_patch.cli import main
 from taylor_patch.demo import host as demo
@@ -23,6 +23,7 @@ from taylor_patch.hooks.attention import replace
 from tests.test_error_aimed import AUTO, HEADS, SIDE, TEXT, qkv
 from tests.test_faults import InterruptProcessingException, full, read_only
 
+REMEMBER = AUTO + "[backends.near_far]\nremember = true\n"
 BLOCKS = 2
 SIGMAS = (*(number / (16 - number) for number in (8, 7, 6, 5, 4, 3, 2, 1)), 0.0)
 """One for each of eight sigma bins, 8 to 1, and the end."""
@@ -33,9 +34,9 @@ LEARNT = [8, 7, 5, 2]
 
 @pytest.fixture(autouse=True)
 def known_model(monkeypatch, configure):
-    """The stand-in's model has a fingerprint; near_far's density is aimed."""
+    """The stand-in's model has a fingerprint; near_far remembers."""
     monkeypatch.setattr(fake_comfy.Diffusion, "named_parameters", lambda self: [("weight", torch.zeros(3))], raising=False)
-    configure(AUTO)
+    configure(REMEMBER)
     yield
     cache.switch(True)
 
@@ -228,7 +229,7 @@ def test_a_run_with_values_that_are_not_finite_leaves_nothing(comfy):
 def test_a_block_whose_sampled_error_was_above_the_limit_leaves_nothing(comfy, configure, monkeypatch, later):
     sample(comfy, qkv(0.1))
     assert len(kept()) == BLOCKS * len(BINS)
-    configure(AUTO.replace("quality_limit = 0", "quality_limit = 1"))
+    configure(REMEMBER.replace("quality_limit = 0", "quality_limit = 1"))
     monkeypatch.setattr(engines, "checks_later", lambda device: later)
     original = reference.attend_aimed
 
@@ -252,10 +253,27 @@ def test_nothing_is_stored_without_a_fingerprint_or_in_a_graph(comfy, monkeypatc
     assert kept() == []
 
 
+def test_without_the_option_nothing_is_read_or_written(comfy, configure, monkeypatch, probes):
+    """A run is what it would be on an empty disk, whatever ran before; not one tensor is made on the device for the disk's sake."""
+    sample(comfy, qkv(0.02))
+    before = [(file, file.read_bytes()) for file in tensor_cache.folder().iterdir()]
+    configure(AUTO)
+    for name in ("load", "store"):
+        monkeypatch.setattr(tensor_cache, name, lambda *args: pytest.fail("the disk was asked"))
+    monkeypatch.setattr(remembered, "_to", lambda *args: pytest.fail("a copy to the device"))
+    outs = []
+    for _ in range(2):
+        probes.clear()
+        outs.append(sample(comfy, qkv(0.1)))
+        assert bins(probes) == bins(probes, 1) == BINS
+    assert all(torch.equal(a, b) for a, b in zip(*outs, strict=True))
+    assert [(file, file.read_bytes()) for file in tensor_cache.folder().iterdir()] == before
+
+
 def test_off_leaves_the_files_alone(comfy, configure, probes):
     sample(comfy, qkv(0.1))
     before = kept()
-    configure(AUTO.replace("quality =", "cache = false\nquality ="))
+    configure(REMEMBER.replace("quality =", "cache = false\nquality ="))
     probes.clear()
     sample(comfy, qkv(0.1))
     assert bins(probes) == BINS
@@ -361,13 +379,34 @@ def call_of(heads, block, sigma):
     return AttentionCall(q, q, q, 0.25, grid=TokenGrid(1, 32, 32), sigma=sigma, block=block, fingerprint="Flux-1")
 
 
+@pytest.mark.parametrize("grid", [None, TokenGrid(1, 32, 32)], ids=["queries in a line", "queries in a grid"])
+def test_cross_attention_is_kept_apart_by_both_grids(grid):
+    """Also where the queries have none: settings found with the keys in tiles say nothing about the same keys in a line."""
+    def memory_of(key_grid):
+        """Has seen one probe; and what it says of the disk."""
+        keys = torch.zeros(1, 2, 2304, 16)
+        call = AttentionCall(torch.zeros(1, 2, 1024, 16), keys, keys, 0.25, grid=grid, key_grid=key_grid, sigma=1.0, block=0,
+                             fingerprint="Wan-1")
+        memory = remembered.Memory(remember=True)
+        memory.put(call, aim.Settled(torch.full((2, 4), 0.1), torch.zeros(2, 36, dtype=torch.int8)))
+        observed = {name: float(x) for name, x in memory.observed(call).items()}
+        memory.read_back(call.signature, 0, observed, True)
+        return memory, observed.get("remembered")
+
+    for key_grid in (None, TokenGrid(1, 48, 48)):
+        memory, before = memory_of(key_grid)
+        memory.keep()
+        assert (before, memory_of(key_grid)[1]) == (None, 1)
+    assert len(list(tensor_cache.folder().iterdir())) == 2
+
+
 def test_settings_and_sinks_come_back_as_they_were():
     """Bit by bit, where no head has a sink too; and a bin whose sinks are others is not taken."""
     found = {number: aim.Settled(torch.rand(40, 4) * 0.5 + 0.01, (torch.rand(40, 16) < 0.05).to(torch.int8)) for number in (8, 7, 6, 5)}
     found[7].always.zero_()
     found[6] = aim.Settled(found[6].setting, found[7].always)
     sigmas = dict(zip(BINS, SIGMAS, strict=False))
-    memories = [remembered.Memory() for _ in range(2)]
+    memories = [remembered.Memory(remember=True) for _ in range(2)]
     for memory in memories:
         for number, one in found.items():
             call = call_of(40, 3, sigmas[number] * 1.0001)
@@ -380,7 +419,7 @@ def test_settings_and_sinks_come_back_as_they_were():
             memory.read_back(call.signature, 3, {name: float(x) for name, x in memory.observed(call).items()}, True)
         memory.keep()
         assert tensor_cache.nbytes() < 40_000
-    last = remembered.Memory()
+    last = remembered.Memory(remember=True)
     for number in (8, 7):
         call = call_of(40, 3, sigmas[number] * 1.0001)
         last.put(call, aim.Settled(found[number].setting, 1 - found[number].always))
@@ -388,7 +427,7 @@ def test_settings_and_sinks_come_back_as_they_were():
 
 
 def test_a_video_model_of_forty_blocks_weighs_little():
-    memory, always = remembered.Memory(), torch.zeros(40, 1600, dtype=torch.int8)
+    memory, always = remembered.Memory(remember=True), torch.zeros(40, 1600, dtype=torch.int8)
     always[:, 7] = 1
     for number in range(16):
         for block in range(40):
@@ -406,7 +445,7 @@ def test_the_host_never_waits_for_the_disks_values():
     generator = torch.Generator().manual_seed(0)
     low = F.interpolate(torch.randn(24, 64, 16, 16, generator=generator), (64, 64), mode="bilinear").view(1, 8, 3, 64, -1).transpose(3, 4)
     q, k, v = (x.to("cuda", torch.bfloat16) for x in (low + 0.1 * torch.randn(low.shape, generator=generator)).unbind(2))
-    backend, taken = NearFar(), []
+    backend, taken = NearFar(NearFarOptions(remember=True)), []
     for _ in range(2):
         for sigma in SIGMAS[:3]:
             call = AttentionCall(q, k, v, 0.125, grid=TokenGrid(1, 64, 64), sigma=sigma * 1.0001, block=0, fingerprint="Flux-1")
@@ -438,7 +477,8 @@ def drawn(tmp_path_factory):
         patch.setattr(reference, "attend_aimed", attend_aimed)
         for name, home, picture in (("first", "a", 17), ("alone", "b", 3), ("remembered", "a", 3)):
             patch.setenv("XDG_CACHE_HOME", str(folder / home))
-            engine = engines.Engine({"taylor_patch": {"backend": "near_far", "quality": 0.05, "quality_limit": 0.0}}, environ={})
+            engine = engines.Engine({"taylor_patch": {"backend": "near_far", "quality": 0.05, "quality_limit": 0.0},
+                                     "backends": {"near_far": {"remember": True}}}, environ={})
             engines.use(engine)
             at, attention, all_errors = slice(picture, picture + 1), replace(demo.exact_attention), []
 

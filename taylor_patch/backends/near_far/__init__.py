@@ -2,7 +2,7 @@
 
 blocks.py and reference.py have the formula in plain PyTorch, for any device, and aim.py the probe that finds the density for a wanted
 error; on NVIDIA GPUs with Triton the kernels of prepare.py, routing.py, probing.py and kernel.py compute the same. remembered.py keeps
-what probes find.
+what probes find, with `remember = true` for later runs too.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ class NearFarOptions:
     """Least keys of cross-attention (docs/adr/0011)."""
     density: float | Literal["auto"] = "auto"
     tail: Literal["cumulant", "zeroth", "none"] = "cumulant"
+    remember: bool = False
+    """Keep on disk what probes have found, and spare later runs some of theirs (docs/adr/0012)."""
 
     def problems(self) -> dict[str, str]:
         """Option -> what is wrong with its value; empty when all is well."""
@@ -68,7 +70,7 @@ class NearFar(Backend):
 
     def __init__(self, options: NearFarOptions | None = None) -> None:
         super().__init__(options)
-        self._memory = Memory()
+        self._memory = Memory(self.options.remember)
 
     def reasons_against(self, call: AttentionCall) -> tuple[str, ...]:
         """See Backend.reasons_against."""

@@ -1,4 +1,5 @@
-"""What near_far has settled: by block and sigma bin for the run in progress, and on disk for the next run of the model at that size.
+"""What near_far has settled: by block and sigma bin for the run in progress and, with `remember = true`, on disk for the next run of the
+model at that size.
 
 What the disk has may be of another LoRA, prompt or seed, so it has to earn its use in every run, block by block. A probe's result is
 compared on the device with what the disk has for that sigma bin, and the comparison is read with the other figures at the evaluation's
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from taylor_patch import cache, long_lived, tensor_cache
 from taylor_patch.backends.near_far.aim import Settled, sigma_bin
-from taylor_patch.call import AttentionCall
+from taylor_patch.call import AttentionCall, TokenGrid
 
 KIND = "near_far"
 VERSION = 1
@@ -84,9 +85,10 @@ class Block:
 
 
 class Memory:
-    """Settled values of the run in progress, beside those of earlier runs; bounded, safe to lose."""
+    """Settled values of the run in progress; with `remember`, beside those of earlier runs. Bounded, safe to lose."""
 
-    def __init__(self) -> None:
+    def __init__(self, remember: bool) -> None:
+        self._remember = remember
         self._lock = threading.RLock()
         self._blocks: OrderedDict[Hashable, Block] = OrderedDict()
         self._shelves: dict[Hashable, Shelf] = {}
@@ -140,7 +142,7 @@ class Memory:
     def _shelf(self, call: AttentionCall, number: int, settled: Settled) -> Shelf:
         name = (_form(call)[:-1], number)
         if name not in self._shelves:
-            self._shelves[name] = Shelf(_key(call, number), settled)
+            self._shelves[name] = Shelf(_key(call, number) if self._remember and cache.is_on() else None, settled)
         return self._shelves[name]
 
     def observed(self, call: AttentionCall) -> Mapping[str, Tensor]:
@@ -174,9 +176,10 @@ class Memory:
 
 
 class Shelf:
-    """The disk's values for calls of one form in runs that begin in one sigma bin.
+    """The disk's values for calls of one form in runs that begin in one sigma bin; none, and nothing is kept, where key is None.
 
-    rows: (block, sigma bin) -> row. setting [rows, heads, 4] and density [rows], the mean of the heads: float32, on the device.
+    rows: (block, sigma bin) -> row. setting [rows, heads, 4] and density [rows], the mean of the heads: float32, on the device
+    where there are rows.
     The tensors of the file: where [rows, 2] int32, block and sigma bin; setting; sinks: the places in always [heads, blocks] that are 1,
     int32, row after row; sink_count [rows] int32.
     """
@@ -186,13 +189,12 @@ class Shelf:
         self._on_cpu = torch.empty(0, self._shape[0], 4)
         self._sinks: list[Tensor] = []
         self.rows: dict[tuple[int, int], int] = {}
-        found = None if key is None else tensor_cache.load(KIND, key)
-        if key is not None and found is not None:
+        if key is not None and (found := tensor_cache.load(KIND, key)) is not None:
             try:
                 self._take(found)
             except (KeyError, ValueError) as error:
                 tensor_cache.unusable(KIND, key, error)
-        self.setting = _to(like.setting.device, self._on_cpu)
+        self.setting = _to(like.setting.device, self._on_cpu) if self.rows else self._on_cpu
         self.density = self.setting[..., 0].mean(1)
         self._most = (TOLERANCE * self.setting[..., 0]).clamp(max=ANY_EXACT)
         self._least = self.density / SURPLUS
@@ -230,10 +232,12 @@ class Shelf:
 
     def update(self, blocks: list[Block]) -> None:
         """Put what the run has found in these blocks on disk, where that is anything new; its values are read from the device at once."""
+        if self._key is None:
+            return
         gone = {block.number for block in blocks if block.strayed or block.spoiled}
         rows = {place: (self._on_cpu[row], self._sinks[row]) for place, row in self.rows.items() if place[0] not in gone}
         new = [(block.number, number, found.settled) for block in blocks for number, found in block.new()]
-        if self._key is None or not cache.is_on() or (not new and len(rows) == len(self.rows)):
+        if not new and len(rows) == len(self.rows):
             return
         setting, sinks = _from_device([settled for _, _, settled in new])
         rows |= {(block, number): (one, places) for (block, number, _), one, places in zip(new, setting, sinks, strict=True)
@@ -256,12 +260,16 @@ def _key(call: AttentionCall, first: int) -> dict[str, cache.Scalar] | None:
 
     Wan 2.2 has two models of one kind, one for each half of the noise scale: their runs begin in different sigma bins.
     """
-    place, grid = cache.place(call), call.grid
-    if place is None or grid is None:
+    place = cache.place(call)
+    if place is None:
         return None
     mask = "" if call.key_mask is None else "x".join(map(str, call.key_mask.shape))
-    return {**place, "grid": f"{grid.t}x{grid.h}x{grid.w} from {grid.start}", "mask": mask, "scale": call.scale, "error": call.target_error,
-            "first_head": call.first_head, "first_bin": first, "version": VERSION}
+    return {**place, "grid": _text(call.grid), "key_grid": _text(call.key_grid), "mask": mask, "scale": call.scale,
+            "error": call.target_error, "first_head": call.first_head, "first_bin": first, "version": VERSION}
+
+
+def _text(grid: TokenGrid | None) -> str:
+    return "none" if grid is None else f"{grid.t}x{grid.h}x{grid.w} from {grid.start}"
 
 
 def _to(device: torch.device, x: Tensor) -> Tensor:
