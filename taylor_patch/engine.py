@@ -19,7 +19,7 @@ from torch import Tensor
 
 from taylor_patch import cache, guard, plugins
 from taylor_patch import config as configuration
-from taylor_patch.backends.base import Backend, Fallback
+from taylor_patch.backends.base import Backend, Fallback, is_finite
 from taylor_patch.call import AttentionCall
 from taylor_patch.errors import ConfigError, said
 from taylor_patch.memory import Workspaces, predict
@@ -232,7 +232,7 @@ class Engine:
             denominators, observed = backend.denominators(), backend.observed(call)
             problem = check_form(out, call)
             if problem is None:
-                finite = torch.isfinite(out.sum(dtype=torch.float32))
+                finite = is_finite(out)
                 if (evaluation is None or not checks_later(out.device)) and not bool(finite):
                     problem = NOT_FINITE
         except Fallback as reason:

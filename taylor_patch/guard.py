@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from functools import lru_cache
 
 import torch
@@ -34,12 +35,38 @@ def spread(total: int, count: int, seed: int, device: torch.device) -> Tensor:
     return (torch.arange(count, device=device) * total // count + seed * 7919) % total
 
 
+SPLIT_KEYS = 8192
+"""Keys from which exact_rows splits them on a GPU: a few rows a head leave most of it idle otherwise."""
+PARTS = 16
+
+
 def exact_rows(call: AttentionCall, rows: Tensor) -> Tensor:
     """Exact attention of the query rows `rows` [S]: float32 [B, H, S, D]."""
     heads = call.q.shape[1]
+    q, k, v = aligned(call.q[:, :, rows]), *(expand_kv(aligned(x), heads) for x in (call.k, call.v))
+    half = q.dtype in (torch.float16, torch.bfloat16)
+    if q.is_cuda and torch.version.hip is None and half and call.key_mask is None and k.shape[2] >= SPLIT_KEYS:
+        with suppress(AttributeError, TypeError, RuntimeError):
+            return _split_rows(q, k, v, call.scale)
     mask = None if call.key_mask is None else call.key_mask[:, None, None, :].to(call.q.dtype)
-    k, v = (expand_kv(aligned(x), heads) for x in (call.k, call.v))
-    return F.scaled_dot_product_attention(aligned(call.q[:, :, rows]), k, v, attn_mask=mask, scale=call.scale).float()
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=call.scale).float()
+
+
+def _split_rows(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """The same with PARTS shares of the keys side by side, merged by their log-sum-exp. Uses an operator behind SDPA, whose form other
+    versions of PyTorch may change: then it raises AttributeError, TypeError or RuntimeError."""
+    flash = torch.ops.aten._scaled_dot_product_flash_attention
+    even = k.shape[2] // PARTS * PARTS
+    merged = []
+    for one_q, one_k, one_v in zip(q, k, v, strict=True):
+        # [H, N, D] -> [parts, H, N / parts, D], without a copy
+        parts = [x[:, :even].unflatten(1, (PARTS, -1)).transpose(0, 1) for x in (one_k, one_v)]
+        out, top, *_ = flash(one_q.expand(PARTS, -1, -1, -1), *parts, scale=scale)
+        if even < k.shape[2]:
+            rest, rest_top, *_ = flash(one_q[None], *(x[None, :, even:] for x in (one_k, one_v)), scale=scale)
+            out, top = torch.cat((out, rest)), torch.cat((top, rest_top))
+        merged.append((torch.softmax(top, 0)[..., None] * out.float()).sum(0))
+    return torch.stack(merged)
 
 
 def relative_error(out: Tensor, reference: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 
 from taylor_patch import engine as engines
 from taylor_patch import guard, telemetry
-from taylor_patch.backends.base import Backend
+from taylor_patch.backends.base import Backend, is_finite, note_not_finite
 from taylor_patch.call import AttentionCall
 from taylor_patch.telemetry import Answer, Check, LogFile, Timer, read
 from tests.test_hooks import HEADS, SPARSE, broken_backend, last, qkv
@@ -170,3 +170,40 @@ def test_end_percent(comfy, configure, settings, calls):
     configure(SPARSE.replace("[backends", f"{settings}\n[backends"))
     run(comfy)
     assert last().calls == calls and "after end_percent" in last().fallbacks
+
+
+def test_a_kernels_word_takes_the_place_of_a_look_at_every_value():
+    out = torch.ones(2, 3)
+    assert bool(is_finite(out)) and not bool(is_finite(out / 0))
+    for flag in (0, 1):
+        note_not_finite(out, torch.tensor([flag], dtype=torch.int32))
+        assert bool(is_finite(out)) == (flag == 0)
+
+
+@pytest.mark.parametrize("tokens", [320, 327])
+def test_rows_over_split_keys_are_exact_attention(monkeypatch, tokens):
+    """The operator of the GPU replaced by its formula, since a CPU does not have it."""
+    def flash(q, k, v, scale):
+        logits = scale * q @ k.transpose(-1, -2)
+        return torch.softmax(logits, -1) @ v, torch.logsumexp(logits, -1), None
+
+    monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_flash_attention", flash, raising=False)
+    gen = torch.Generator().manual_seed(0)
+    q, k, v = (3 * torch.randn(2, 4, n, 16, generator=gen) for n in (5, tokens, tokens))
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=0.3)
+    torch.testing.assert_close(guard._split_rows(q, k, v, 0.3), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("tokens", [8192, 8199])
+def test_rows_over_split_keys_are_exact_attention_on_the_gpu(monkeypatch, tokens):
+    gen = torch.Generator("cuda").manual_seed(0)
+    q, k, v = (torch.randn(2, tokens, 4, 128, generator=gen, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for _ in range(3))
+    call, rows, used = AttentionCall(q, k, v, 0.2), torch.tensor([0, 7, tokens - 1], device="cuda"), []
+    original = guard._split_rows
+    monkeypatch.setattr(guard, "_split_rows", lambda *arguments: used.append(original(*arguments)) or used[0])
+    found = guard.exact_rows(call, rows)
+    assert used
+    expected = torch.softmax(0.2 * q[:, :, rows].double() @ k.double().transpose(-1, -2), -1) @ v.double()
+    assert guard.relative_error(found.double(), expected) < 4e-3

@@ -125,6 +125,20 @@ def expand_kv(x: Tensor, heads: int) -> Tensor:
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
 
 
+def note_not_finite(out: Tensor, flag: Tensor) -> None:
+    """Leave on a result what its kernel has found: flag, a number on the device, is 0 where every value of `out` is finite.
+
+    Saves the caller a look at every value, which takes 2% of a fast backend's time. `out` must not be changed afterwards.
+    """
+    out.taylor_patch_not_finite = flag  # type: ignore[attr-defined]
+
+
+def is_finite(out: Tensor) -> Tensor:
+    """Whether every value of a result is finite, as a scalar on the device: what its kernel has noted, else by looking."""
+    flag = getattr(out, "taylor_patch_not_finite", None)
+    return torch.isfinite(out.sum(dtype=torch.float32)) if flag is None else flag == 0
+
+
 def aligned(x: Tensor) -> Tensor:
     """x, or a copy where its last dimension has gaps, or its data or a row does not begin at 16 bytes.
 

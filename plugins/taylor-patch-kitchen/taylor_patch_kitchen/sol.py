@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import taylor_patch
-from taylor_patch.backends.tiles import BLOCK
+from taylor_patch.backends.tiles import BLOCK, tile_shape
 from taylor_patch_kitchen import SolOptions, library
 from taylor_patch_kitchen.order import block_order
 
@@ -90,8 +90,9 @@ class Sol(taylor_patch.Backend):
         """Blocks of 64 places, edge tiles counted whole. The grid is there: reasons_against saw to it."""
         if call.grid is None:
             return -(-call.q.shape[2] // BLOCK)
-        grid, tokens = call.grid, call.q.shape[2]
-        return len(block_order(grid, tokens, torch.device("cpu")).length)
+        grid, tile = call.grid, tile_shape(call.grid)
+        tiles = math.prod(-(-size // side) for size, side in zip((grid.t, grid.h, grid.w), tile, strict=True))
+        return tiles + -(-(call.q.shape[2] - grid.tokens) // BLOCK)
 
     @torch.compiler.disable
     def run(self, call: taylor_patch.AttentionCall) -> Tensor:

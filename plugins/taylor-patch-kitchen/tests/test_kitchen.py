@@ -158,6 +158,12 @@ def test_the_workspace_is_the_library_s(lanes, blocks, token_aug, nbytes):
     assert 0 <= library_nbytes(lanes, blocks, token_aug) - nbytes <= 640
 
 
+@pytest.mark.parametrize("grid, tokens", [(taylor_patch.TokenGrid(1, 24, 24, 16), 600), (taylor_patch.TokenGrid(5, 9, 13, 3), 700)])
+def test_blocks_are_counted_as_they_are_made(grid, tokens):
+    call = taylor_patch.AttentionCall(*3 * (torch.empty(1, 1, tokens, 128),), 1.0, grid=grid)
+    assert Sol._blocks(call) == len(block_order(grid, tokens, torch.device("cpu")).length)
+
+
 def test_the_workspace_covers_what_an_h200_used():
     used = 2411008
     assert used <= Sol(SolOptions(min_tokens=1)).workspace_nbytes(make_call(128, torch.float16, "cpu")) <= 1.1 * used

@@ -26,10 +26,11 @@ def _rows(x, base, first, n, DIM: tl.constexpr, ROWS: tl.constexpr, TMA: tl.cons
 @triton.jit(do_not_specialize=SIZES)
 def attend_kernel(q_ptr, stride_qb, stride_qh, stride_qn, stride_qd, out_ptr, stride_ob, stride_oh, stride_on, stride_od,
                   k, v, bias_ptr, mean_k, mean_v, trace_ptr, centre_ptr, covariance, column_scale_ptr, far_ptr, list_ptr, count_ptr, order_ptr,
-                  setting_ptr, scale, first_head, n_heads, GROUP, n_blocks, n_image_blocks, n_query_blocks, n_query_image_blocks, far_stride,
-                  GRID_T, GRID_H, GRID_W, START, OUTSIDE, TILE_T: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
-                  D: tl.constexpr, DIM: tl.constexpr, FAR: tl.constexpr, BIASED: tl.constexpr, TAIL: tl.constexpr, AIMED: tl.constexpr,
-                  TMA: tl.constexpr, STAGES: tl.constexpr, FAR_STAGES: tl.constexpr, PRECISION: tl.constexpr):
+                  setting_ptr, not_finite_ptr, scale, first_head, n_heads, GROUP, n_blocks, n_image_blocks, n_query_blocks,
+                  n_query_image_blocks, far_stride, GRID_T, GRID_H, GRID_W, START, OUTSIDE,
+                  TILE_T: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, FAR: tl.constexpr,
+                  BIASED: tl.constexpr, TAIL: tl.constexpr, AIMED: tl.constexpr, TMA: tl.constexpr, STAGES: tl.constexpr,
+                  FAR_STAGES: tl.constexpr, PRECISION: tl.constexpr):
     """softmax(scale q k' + bias) v, with the keys of far block b replaced by
 
         weight n_b exp(scale q.k_b + 1/2 t_b scale^2 q' S_w q)  and  value v_b + scale C_w' q.
@@ -38,14 +39,15 @@ def attend_kernel(q_ptr, stride_qb, stride_qh, stride_qn, stride_qd, out_ptr, st
     far [heads, image blocks of the queries, far_stride]: log2 of n_b, or -inf where a block is exact or does not exist; list [heads, query
     blocks, blocks] and count [heads, query blocks] say which are exact. GRID and TILE are those of the queries. AIMED: setting [heads, 4]
     holds factors of the second-order term and of the linear one at places 1 and 2 (aim.py). Logits are in units of log2; sums are float32.
+    not_finite [1] int32 becomes 1 where a result has a value that is not finite.
     Grid (query blocks, query heads of the round). Queries outside the image of all heads come first, because they take longest, then
     the others of a head in its order [heads, image blocks of the queries].
     """
     number = tl.program_id(1) * n_query_blocks + tl.program_id(0)
     n_outside = n_query_blocks - n_query_image_blocks
-    inside = number - n_outside * tl.num_programs(1)
-    lane = tl.where(inside < 0, number // tl.maximum(n_outside, 1), inside // n_query_image_blocks).to(tl.int64)
-    query = tl.load(order_ptr + lane * n_query_image_blocks + inside % n_query_image_blocks, mask=inside >= 0,
+    rank = number - n_outside * tl.num_programs(1)
+    lane = tl.where(rank < 0, number // tl.maximum(n_outside, 1), rank // n_query_image_blocks).to(tl.int64)
+    query = tl.load(order_ptr + lane * n_query_image_blocks + rank % n_query_image_blocks, mask=rank >= 0,
                     other=n_query_image_blocks + number % tl.maximum(n_outside, 1))
     kv_lane = lane // GROUP
     batch, head = (first_head + lane) // n_heads, (first_head + lane) % n_heads
@@ -118,4 +120,8 @@ def attend_kernel(q_ptr, stride_qb, stride_qh, stride_qn, stride_qd, out_ptr, st
         total *= tl.where(column_scale > 0, column_scale, 1.0)[None, :]
     token, filled = block_tokens(query + late, place, n_query_image_blocks, GRID_T, GRID_H, GRID_W, START, OUTSIDE, TILE_T, TILE_H, TILE_W)
     out = out_ptr + batch * stride_ob + head * stride_oh + token.to(tl.int64)[:, None] * stride_on + dim[None, :] * stride_od
-    tl.store(out, total.to(out_ptr.dtype.element_ty), mask=filled[:, None] & (dim[None, :] < D))
+    result = total.to(out_ptr.dtype.element_ty)
+    inside = filled[:, None] & (dim[None, :] < D)
+    tl.store(out, result, mask=inside)
+    strange = inside & ~(tl.abs(result.to(tl.float32)) < float("inf"))
+    tl.store(not_finite_ptr + late, 1, mask=tl.sum(tl.sum(strange.to(tl.int32), 1), 0) > 0)

@@ -9,6 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
+from taylor_patch.backends.base import note_not_finite
 from taylor_patch.backends.near_far import aim
 from taylor_patch.backends.near_far import plan as plans
 from taylor_patch.backends.near_far.aim import Settled
@@ -96,7 +97,7 @@ def run(plan: plans.Plan, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | No
     settled takes the place of `density`; with a goal (relative L2 error) a probe fills it first.
     """
     out = empty_output(q)
-    space = plan.allocate(q.device)
+    space, not_finite = plan.allocate(q.device), torch.zeros(1, dtype=torch.int32, device=q.device)
     if key_mask is not None and key_mask.stride(1) != 1:
         key_mask = key_mask.contiguous()
     # Triton launches on the current device, which need not be that of q.
@@ -110,7 +111,8 @@ def run(plan: plans.Plan, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | No
             if own is not None and goal is not None:
                 probe(plan, space, q, first, lanes, scale, goal, own)
             select(plan, space, lanes, density, own)
-            attend_round(plan, space, q, out, first, lanes, scale, tail, own)
+            attend_round(plan, space, q, out, not_finite, first, lanes, scale, tail, own)
+    note_not_finite(out, not_finite)
     return out
 
 
@@ -204,7 +206,7 @@ def select(plan: plans.Plan, space: dict[str, Tensor], lanes: int, density: floa
         space["count"], space["order"], queries.blocks, queries.image_blocks, 32, 128)
 
 
-def attend_round(plan: plans.Plan, space: dict[str, Tensor], q: Tensor, out: Tensor, first: int, lanes: int, scale: float,
+def attend_round(plan: plans.Plan, space: dict[str, Tensor], q: Tensor, out: Tensor, not_finite: Tensor, first: int, lanes: int, scale: float,
                  tail: str, settled: Settled | None = None) -> None:
     """Attention of the lanes from `first` on, from a filled workspace into `out`."""
     tiles, queries, keys = plan.tiles, plan.queries, plan.keys
@@ -217,7 +219,7 @@ def attend_round(plan: plans.Plan, space: dict[str, Tensor], q: Tensor, out: Ten
     attend_kernel[(queries.blocks, lanes * plan.group)](
         q, *q.stride(), out, *out.stride(), k, v, space["bias"], mean_k, mean_v, space["trace"], space["centre"], covariance,
         space["column_scale"], space["far"], space["list"], space["count"], space["order"],
-        space["column_scale"] if settled is None else settled.setting, scale, first * plan.group, plan.heads, plan.group, keys.blocks,
-        keys.image_blocks, queries.blocks, queries.image_blocks, plan.far_stride, *queries.geometry, plan.head_dim, plan.dim, tiles.far,
-        plan.biased, TAILS[tail], settled is not None, tma, tiles.stages, tiles.far_stages, _precision(plan), num_warps=tiles.warps,
+        space["column_scale"] if settled is None else settled.setting, not_finite, scale, first * plan.group, plan.heads, plan.group,
+        keys.blocks, keys.image_blocks, queries.blocks, queries.image_blocks, plan.far_stride, *queries.geometry, plan.head_dim, plan.dim,
+        tiles.far, plan.biased, TAILS[tail], settled is not None, tma, tiles.stages, tiles.far_stages, _precision(plan), num_warps=tiles.warps,
         maxnreg=tiles.registers or None)
