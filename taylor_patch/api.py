@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -70,7 +71,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto", mask: T
     backend: "auto" (exact attention where no backend is known to be faster), "sdpa" (exact) or a name of `taylor-patch backends`.
     mask: bool (True = keep) or additive, 2-D to 4-D, broadcast as scaled_dot_product_attention does.
     scale: factor of q.k before the softmax, 1/sqrt(D) unless given.
-    grid: (t, h, w) of the image or video tokens, row-major; t = 1 for an image. Backends that use neighbourhood need it.
+    grid: (t, h, w) of the image or video tokens, row-major; t = 1 for an image. Backends that use neighbourhood need it in self-attention.
+        In cross-attention (M differs from N) that of q, or of k and v where these have just so many tokens.
     text: (start, stop) of the tokens that are not of the grid; they come before or after it.
     quality: "lossless", "balanced", "fast" or a relative L2 error; of the configuration unless given.
     options: options of the named backend, as under [backends.NAME]; of the configuration unless given.
@@ -98,9 +100,10 @@ def explain(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto", mask: Ten
 def _call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, grid: tuple[int, int, int] | None,
           text: tuple[int, int] | None, quality: str | float | None) -> AttentionCall:
     try:
-        where = None if grid is None else _placed_grid(q.shape[2], grid, text)
-        quality = engines.engine().config.settings.quality if quality is None else quality
-        return from_heads_first(q, k, v, mask=mask, scale=scale, grid=where, target_error=configuration.quality_value(quality))
+        of_keys = TokenGrid(*grid) if grid is not None and q.shape[2] != k.shape[2] == math.prod(grid) else None
+        of_queries = None if grid is None or (of_keys is not None and text is None) else _placed_grid(q.shape[2], grid, text)
+        target = configuration.quality_value(engines.engine().config.settings.quality if quality is None else quality)
+        return from_heads_first(q, k, v, mask=mask, scale=scale, grid=of_queries, key_grid=of_keys, target_error=target)
     except Unsupported as error:
         raise TaylorPatchError(f"{error}: q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}") from None
 

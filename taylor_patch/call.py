@@ -32,7 +32,8 @@ class AttentionCall:
     key_mask: [B or 1, N_kv] additive float32 (-inf hides a key), or None.
     row_mask: a mask that depends on the query row or the head, as it came ([B or 1, H or 1, N_q, N_kv], bool or additive), or None.
     scale: factor of q.k before the softmax (1/sqrt(D) unless the caller gave one).
-    grid: where the image tokens are, or None where that is not known; grid_reason then says why.
+    grid: where the image tokens are, or None where that is not known; grid_reason then says why. In cross-attention that is among the queries.
+    key_grid: in cross-attention, where the image tokens are among the keys, or None where that is not known.
     step, sigma, block: position in the sampling run, None outside one.
     target_error: relative L2 error that the user's `quality` allows.
     fingerprint: what tells models of one kind from others (run.fingerprint_of), None outside a model evaluation.
@@ -57,6 +58,7 @@ class AttentionCall:
     fingerprint: str | None = None
     memo: dict[Any, Any] | None = field(default=None, compare=False, repr=False)
     first_head: int = 0
+    key_grid: TokenGrid | None = None
 
     @property
     def self_attention(self) -> bool:
@@ -67,7 +69,7 @@ class AttentionCall:
         """Everything that a routing decision may depend on besides step, sigma and block."""
         return (tuple(self.q.shape), tuple(self.k.shape), self.q.dtype, self.q.device,
                 None if self.key_mask is None else tuple(self.key_mask.shape), self.row_mask is None, self.grid, self.grid_reason,
-                self.model, self.first_head)
+                self.key_grid, self.model, self.first_head)
 
 
 class Unsupported(Exception):
@@ -124,7 +126,7 @@ def from_comfyui(q: Tensor, k: Tensor, v: Tensor, heads: int, *, mask: Tensor | 
 
 
 def from_heads_first(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, scale: float | None = None,
-                     grid: TokenGrid | None = None, target_error: float = 0.03) -> AttentionCall:
+                     grid: TokenGrid | None = None, key_grid: TokenGrid | None = None, target_error: float = 0.03) -> AttentionCall:
     """AttentionCall of q [B, H, N_q, D] and k, v [B, H_kv, N_kv, D]. Raises Unsupported with the reason."""
     if any(x.dim() != 4 for x in (q, k, v)) or k.shape[:3] != v.shape[:3] or k.shape[-1] != q.shape[-1] or k.shape[0] != q.shape[0]:
         raise Unsupported("q, k and v do not fit together")
@@ -138,7 +140,7 @@ def from_heads_first(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = N
         rows = rows[(None,) * (3 - rows.dim())] if rows.dim() < 3 else rows
         rows = rows[:, None] if rows.dim() == 3 else rows
     return AttentionCall(q, k, v, scale=q.shape[-1] ** -0.5 if scale is None else float(scale), key_mask=keys, row_mask=rows,
-                         grid=grid, target_error=target_error)
+                         grid=grid, key_grid=key_grid, target_error=target_error)
 
 
 def merge_heads(out: Tensor) -> Tensor:

@@ -27,6 +27,13 @@ def patch_sizes(diffusion_model: Any) -> tuple[tuple[int, int, int], ...]:
     return tuple((1, stride, stride) for stride in UNET_STRIDES)
 
 
+def infer_all(tokens: int, latent_shape: Sequence[int] | None, patches: Sequence[tuple[int, int, int]], layout: Layout,
+              has_reference: bool, options: Mapping[str, Any]) -> TokenGrid | None:
+    """The grid of one side of cross-attention, where all its tokens are the image's; None where that does not follow from their number."""
+    found, _ = infer(tokens, latent_shape, patches, layout, has_reference, options)
+    return found if found is not None and found.tokens == tokens else None
+
+
 def infer(tokens: int, latent_shape: Sequence[int] | None, patches: Sequence[tuple[int, int, int]], layout: Layout,
           has_reference: bool, options: Mapping[str, Any]) -> tuple[TokenGrid | None, str]:
     """(grid, "") or (None, why there is none) for a self-attention call over `tokens` tokens.

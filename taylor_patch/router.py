@@ -18,8 +18,8 @@ from taylor_patch.config import Config
 from taylor_patch.plugins import Registry
 
 CROSSOVER_HEADS = 24
-"""Heads (times batch) with which crossovers are measured. Exact attention has heads x tokens^2 to do; fewer heads leave it as little at more
-tokens, where a backend's fixed cost weighs as much."""
+"""Heads (times batch) with which crossovers are measured. Exact attention has heads x queries x keys to do; fewer heads or keys leave it as
+little at more tokens, where a backend's fixed cost weighs as much."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,9 @@ class Router:
 
     def automatic(self, call: AttentionCall) -> Choice:
         """The backend of highest priority that is measured to be faster for `call` and can run it."""
-        tokens, lanes = call.q.shape[2], call.q.shape[0] * call.q.shape[1]
+        tokens, keys, lanes = call.q.shape[2], call.k.shape[2], call.q.shape[0] * call.q.shape[1]
+        few = f"too few heads ({lanes}) for {tokens} tokens" if call.self_attention else \
+            f"too few keys ({keys}) or heads ({lanes}) for {tokens} queries"
         passed_over = []
         for backend in self.by_priority:
             if backend.name == "sdpa":
@@ -168,9 +170,9 @@ class Router:
                 passed_over.append(f"{backend.name}: not measured to be faster on {call.q.device.type}")
             elif self.config.settings.min_tokens == "auto" and tokens < crossover:
                 passed_over.append(f"{backend.name}: fewer tokens than the measured crossover {crossover}")
-            elif self.config.settings.min_tokens == "auto" and lanes * tokens**2 < CROSSOVER_HEADS * crossover**2:
-                passed_over.append(f"{backend.name}: too few heads ({lanes}) for {tokens} tokens: crossovers are measured with "
-                                   f"{CROSSOVER_HEADS}")
+            elif self.config.settings.min_tokens == "auto" and lanes * tokens * keys < CROSSOVER_HEADS * crossover**2:
+                passed_over.append(f"{backend.name}: {few}: crossovers are measured with {CROSSOVER_HEADS}"
+                                   f"{'' if call.self_attention else ' heads and as many keys as queries'}")
             elif reasons := backend.reasons_against(call):
                 passed_over += [f"{backend.name}: {reason}" for reason in reasons]
             else:

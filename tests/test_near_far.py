@@ -7,27 +7,33 @@ import torch
 
 import taylor_patch
 from taylor_patch.backends.near_far import reference
-from taylor_patch.backends.tiles import tile_index
-from taylor_patch.call import TokenGrid
+from taylor_patch.backends.tiles import grids, tile_index
+from taylor_patch.call import AttentionCall, TokenGrid
 
 
-def dense(q, k, v, grid, near):
-    """q times scale, all [N, D] float64; near [blocks, blocks]: every query against every key and block mean, in N x N."""
+def members(grid, tokens):
+    """Block of every token, -1 outside the grid; and the tokens of every block."""
     index, filled = tile_index(grid)
-    block_of = torch.full((q.shape[0],), -1)
+    block_of = torch.full((tokens,), -1)
     for b in range(index.shape[0]):
         block_of[index[b][filled[b]] + grid.start] = b
-    members = [(block_of == b).nonzero().flatten() for b in range(index.shape[0])]
-    mean_k, mean_v = (torch.stack([x[m].mean(0) for m in members]) for x in (k, v))
-    n = grid.tokens
-    cov = [sum((k[m] - k[m].mean(0)).T @ (x[m] - x[m].mean(0)) for m in members) / n for x in (k, v)]
-    trace = torch.tensor([((k[m] - k[m].mean(0)) ** 2).sum() / len(m) for m in members], dtype=torch.float64)
-    counts = torch.tensor([len(m) for m in members], dtype=torch.float64)
+    return block_of, [(block_of == b).nonzero().flatten() for b in range(index.shape[0])]
+
+
+def dense(q, k, v, grid, near, key_grid=None):
+    """q times scale, all [N, D] float64; near [query blocks, key blocks]: every query against every key and block mean, in N x N."""
+    query_block, _ = members(grid, q.shape[0])
+    block_of, blocks = members(key_grid or grid, k.shape[0])
+    mean_k, mean_v = (torch.stack([x[m].mean(0) for m in blocks]) for x in (k, v))
+    n = (key_grid or grid).tokens
+    cov = [sum((k[m] - k[m].mean(0)).T @ (x[m] - x[m].mean(0)) for m in blocks) / n for x in (k, v)]
+    trace = torch.tensor([((k[m] - k[m].mean(0)) ** 2).sum() / len(m) for m in blocks], dtype=torch.float64)
+    counts = torch.tensor([len(m) for m in blocks], dtype=torch.float64)
     spread = trace / ((trace * counts).sum() / n)
     out = torch.empty_like(q)
     for i in range(q.shape[0]):
-        own = block_of[i]
-        seen = torch.ones(q.shape[0], dtype=torch.bool) if own < 0 else (block_of < 0) | near[own][block_of.clamp_min(0)]
+        own = query_block[i]
+        seen = torch.ones(k.shape[0], dtype=torch.bool) if own < 0 else (block_of < 0) | near[own][block_of.clamp_min(0)]
         weight = (q[i] @ k.T).exp() * seen
         numerator, mass = weight @ v, weight.sum()
         if own >= 0:
@@ -56,6 +62,61 @@ def test_equals_the_dense_oracle(grid, head_dim):
     assert (out - expected).norm() / expected.norm() < 1e-12
 
 
+OTHER_KEYS = {"many keys, a line": (None, None, 611), "few keys, a line": (TokenGrid(1, 16, 16, 5), None, 201),
+              "a line to a video": (None, TokenGrid(5, 6, 7), 210), "text beside both": (TokenGrid(1, 13, 9, 4), TokenGrid(1, 16, 20, 7), 330)}
+
+
+@pytest.mark.parametrize("case", OTHER_KEYS.values(), ids=OTHER_KEYS.keys())
+def test_cross_attention_equals_the_dense_oracle(case):
+    grid, key_grid, n_kv = case
+    gen = torch.Generator().manual_seed(1)
+    n_q = 150 if grid is None else grid.start + grid.tokens + 4
+    q, k, v = (torch.randn(n, 40, generator=gen, dtype=torch.float64) for n in (n_q, n_kv, n_kv))
+    q = q / math.sqrt(40)
+    call = AttentionCall(q[None, None], k[None, None], v[None, None], 1.0, grid=grid, key_grid=key_grid)
+    of_queries, of_keys = grids(call)
+    head = reference.Head(q, k, v, of_queries, None, of_keys)
+    near = reference.route(head, 0.3)
+    assert near.shape == (len(members(of_queries, n_q)[1]), len(members(of_keys, n_kv)[1])) and not near.all()
+    expected = dense(q, k, v, of_queries, near, of_keys)
+    assert (head.attend(near) - expected).norm() / expected.norm() < 1e-12
+    assert torch.equal(reference.attend(call, 0.3)[0, 0], head.attend(near))
+
+
+def test_keys_without_a_grid_lie_in_blocks_of_64_in_a_row():
+    index, filled = tile_index(TokenGrid(1, 1, 150))
+    assert [index[b][filled[b]].tolist() for b in range(3)] == [list(range(64)), list(range(64, 128)), list(range(128, 150))]
+
+
+def test_every_query_block_sees_its_best_key_block_and_none_is_its_own():
+    gen = torch.Generator().manual_seed(3)
+    q, k, v = (torch.randn(640, 16, generator=gen) for _ in range(3))
+    line = TokenGrid(1, 1, 640)
+    own, other = reference.Head(q, k, v, line), reference.Head(q, k, v, line, None, line)
+    mass = reference.masses(other.q_blocks, other.filled, other.blocks)
+    near = reference.route(other, 0.01)
+    assert near.sum(1).eq(1).all() and torch.equal(near.int().argmax(1), mass.argmax(1))
+    assert torch.equal(reference.route(own, 0.01), near | torch.eye(10, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("n_kv", [83, 1500])
+@pytest.mark.parametrize("masked", [False, True], ids=["no mask", "two masks"])
+def test_density_one_is_exact_cross_attention(masked, n_kv):
+    gen = torch.Generator().manual_seed(2)
+    q = torch.randn(2, 4, 261, 48, generator=gen)
+    k, v = (torch.randn(2, n_kv, 2, 48, generator=gen).transpose(1, 2) for _ in range(2))  # strided, GQA
+    mask = torch.zeros(2, n_kv)
+    mask[1, n_kv // 3 : n_kv // 2] = -torch.inf
+    before = [x.clone() for x in (q, k, v)]
+    for grid in (None, (1, 16, 16)):
+        out = taylor_patch.attention(q, k, v, backend="near_far", grid=grid, text=grid and (0, 5), mask=mask[:, None] if masked else None,
+                                     options={"density": 1.0, "min_keys": 1})
+        full = [x.repeat_interleave(2, 1) for x in (k, v)]
+        exact = torch.nn.functional.scaled_dot_product_attention(q, *full, attn_mask=mask[:, None, None] if masked else None)
+        assert (out - exact).norm() / exact.norm() < 1e-5
+    assert all(torch.equal(a, b) for a, b in zip((q, k, v), before, strict=True))
+
+
 @pytest.mark.parametrize("masked", [False, True], ids=["no mask", "key mask"])
 @pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS.keys())
 def test_density_one_is_exact_attention(grid, masked, monkeypatch):
@@ -74,6 +135,14 @@ def test_density_one_is_exact_attention(grid, masked, monkeypatch):
     exact = torch.nn.functional.scaled_dot_product_attention(q, *full, attn_mask=bias)
     assert (out - exact).norm() / exact.norm() < 1e-5
     assert all(torch.equal(a, b) for a, b in zip((q, k, v), before, strict=True))
+
+
+def test_refuses_cross_attention_with_few_keys_and_says_so():
+    q, k = torch.randn(1, 2, 256, 64), torch.randn(1, 2, 2047, 64)
+    with pytest.raises(taylor_patch.TaylorPatchError, match="cross-attention with fewer keys than min_keys = 2048"):
+        taylor_patch.attention(q, k, k, backend="near_far")
+    k = torch.randn(1, 2, 2048, 64)
+    assert taylor_patch.explain(q, k, k, backend="near_far").backend is not None
 
 
 def test_refuses_without_a_grid_and_says_so():

@@ -1,5 +1,6 @@
 """The Triton kernels of near_far against the plain version in float64: in Triton's interpreter, or on the GPU where there is one."""
 
+import dataclasses
 import math
 
 import pytest
@@ -58,9 +59,8 @@ def make_call(batch, heads, heads_kv, before, sides, after, head_dim, dtype, mas
 
 
 def plan_of(call, tma=False, aimed=False):
-    batch, heads, tokens, head_dim = call.q.shape
-    tiles = plan.Tiles(tma=tma) if head_dim * call.q.element_size() <= 256 else plan.Tiles(far=32, stages=1)
-    return plan.Plan(batch, heads, call.k.shape[1], tokens, head_dim, call.q.dtype, call.key_mask is not None, call.grid, tiles, aimed)
+    tiles = plan.Tiles(tma=tma) if call.q.shape[3] * call.q.element_size() <= 256 else plan.Tiles(far=32, stages=1)
+    return dataclasses.replace(plan.of_call(call, aimed), tiles=tiles)
 
 
 def poisoned(sizes, device=DEVICE):
@@ -69,8 +69,8 @@ def poisoned(sizes, device=DEVICE):
 
 
 def near_blocks(sizes, space, head):
-    """[image blocks, image blocks] bool from the workspace."""
-    return space["far"].view(-1, sizes.image_blocks, sizes.far_stride)[head, :, : sizes.image_blocks].isneginf()
+    """[image blocks of the queries, image blocks of the keys] bool from the workspace."""
+    return space["far"].view(-1, sizes.queries.image_blocks, sizes.far_stride)[head, :, : sizes.keys.image_blocks].isneginf()
 
 
 def run_round(call, density, tail, tma=False):
@@ -293,7 +293,7 @@ def test_what_cannot_meet_the_target_is_exact():
 
 def test_operator_passes_the_checks_of_torch():
     call = make_call(1, 1, 1, 0, (1, 8, 16), 0, 16, torch.float32, False)
-    arguments = (call.q, call.k, call.v, None, [1, 8, 16, 0], call.scale, 0.5, "cumulant", 0.0)
+    arguments = (call.q, call.k, call.v, None, [1, 8, 16, 0], [1, 8, 16, 0], call.scale, 0.5, "cumulant", 0.0)
     torch.library.opcheck(op.near_far, arguments, test_utils=("test_schema", "test_faketensor"))
 
 

@@ -39,6 +39,7 @@ class Backend:
     gqa: ClassVar[bool] = True
     cross_attention: ClassVar[bool] = True
     needs_grid: ClassVar[bool] = False
+    """Whether self-attention needs call.grid. Cross-attention has to do without: nobody knows how its keys lie."""
     deterministic: ClassVar[bool] = True
     """The same call gives the same bits twice."""
     options_type: ClassVar[type] = NoOptions
@@ -72,7 +73,7 @@ class Backend:
             reasons.append("grouped-query attention")
         if not call.self_attention and not self.cross_attention:
             reasons.append("cross-attention")
-        if self.needs_grid and call.grid is None and (call.self_attention or self.cross_attention):
+        if self.needs_grid and call.grid is None and call.self_attention:
             reasons.append(call.grid_reason)
         if 0 in (batch, n_q, call.k.shape[2]):
             reasons.append("empty input")

@@ -10,15 +10,24 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from taylor_patch.call import TokenGrid
+from taylor_patch.call import AttentionCall, TokenGrid
 
 BLOCK = 64
 
 
+def grids(call: AttentionCall) -> tuple[TokenGrid, TokenGrid]:
+    """(grid of the queries, grid of the keys): one and the same in self-attention, where call.grid must be known. In cross-attention a side
+    whose arrangement is not known is a line of tokens (docs/adr/0011)."""
+    if call.self_attention:
+        assert call.grid is not None  # needs_grid: a call without one is refused
+        return call.grid, call.grid
+    return call.grid or TokenGrid(1, 1, call.q.shape[2]), call.key_grid or TokenGrid(1, 1, call.k.shape[2])
+
+
 def tile_shape(grid: TokenGrid) -> tuple[int, int, int]:
-    """8 x 8 for images, 4 x 4 x 4 for video, 2 x 4 x 8 for two or three frames."""
+    """8 x 8 for images, 4 x 4 x 4 for video, 2 x 4 x 8 for two or three frames, 64 in a row for a line of tokens."""
     if grid.t == 1:
-        return (1, 8, 8)
+        return (1, 1, 64) if grid.h == 1 else (1, 8, 8)
     return (4, 4, 4) if grid.t >= 4 else (2, 4, 8)
 
 

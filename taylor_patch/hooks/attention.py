@@ -291,15 +291,17 @@ def _handle(current: Engine, run: SamplingRun, evaluation: Evaluation | None, ta
 
 def _placed(call: AttentionCall, evaluation: Evaluation | None, options: dict[str, Any],
             target_error: Callable[[AttentionCall], float]) -> AttentionCall:
-    """`call` with its position in the run and its token grid."""
+    """`call` with its position in the run and its token grids."""
     if evaluation is None:
         placed = dataclasses.replace(call, grid_reason="outside a model evaluation")
     else:
-        found, why = None, "cross-attention"
+        known = (evaluation.latent_shape, evaluation.patches, evaluation.layout, evaluation.has_reference, options)
+        found, why, of_keys = None, "cross-attention", None
         if call.self_attention:
-            found, why = grid.infer(call.q.shape[2], evaluation.latent_shape, evaluation.patches, evaluation.layout,
-                                    evaluation.has_reference, options)
-        placed = dataclasses.replace(call, grid=found, grid_reason=why, step=evaluation.step, sigma=evaluation.sigma,
+            found, why = grid.infer(call.q.shape[2], *known)
+        else:
+            found, of_keys = (grid.infer_all(x.shape[2], *known) for x in (call.q, call.k))
+        placed = dataclasses.replace(call, grid=found, grid_reason=why, key_grid=of_keys, step=evaluation.step, sigma=evaluation.sigma,
                                      block=evaluation.block_index(options), model=evaluation.family,
                                      fingerprint=evaluation.fingerprint, memo=evaluation.run.memo)
     return dataclasses.replace(placed, target_error=target_error(placed))

@@ -28,6 +28,8 @@ class NearFarOptions:
     """Options of [backends.near_far]."""
 
     min_tokens: int = 100
+    min_keys: int = 2048
+    """Of cross-attention: 32 blocks. The terms that all blocks share cost a query block about as much as two to four exact ones."""
     density: float | Literal["auto"] = "auto"
     tail: Literal["cumulant", "zeroth", "none"] = "cumulant"
 
@@ -36,6 +38,8 @@ class NearFarOptions:
         found = {}
         if self.min_tokens < 1:
             found["min_tokens"] = f"{self.min_tokens} is below 1"
+        if self.min_keys < 1:
+            found["min_keys"] = f"{self.min_keys} is below 1"
         if self.density != "auto" and not 0 < self.density <= 1:
             found["density"] = f'{self.density} is not "auto" or above 0 and at most 1'
         if self.density == "auto" and self.tail != "cumulant":
@@ -50,14 +54,13 @@ def has_triton() -> bool:
 
 
 class NearFar(Backend):
-    """Exact near field and cumulant far field; the tokens' grid must be known."""
+    """Exact near field and cumulant far field; in self-attention the tokens' grid must be known."""
 
     name = "near_far"
     summary = "exact for important neighbours, second-order Taylor for the rest; accurate on trained models"
     priority = 100
     devices = frozenset({"cpu", "cuda", "mps", "xpu"})
     head_dims = range(16, 257)
-    cross_attention = False
     needs_grid = True
     options_type = NearFarOptions
     options: NearFarOptions
@@ -71,6 +74,8 @@ class NearFar(Backend):
         reasons = list(super().reasons_against(call))
         if call.q.shape[2] < self.options.min_tokens:
             reasons.append(f"fewer tokens than min_tokens = {self.options.min_tokens}")
+        if not call.self_attention and call.k.shape[2] < self.options.min_keys:
+            reasons.append(f"cross-attention with fewer keys than min_keys = {self.options.min_keys}")
         if call.scale <= 0:
             reasons.append(f"scale {call.scale} is not positive")
         if call.q.device.type == "cuda" and has_triton() and call.q.dtype == torch.float32 and call.q.shape[3] > 128:

@@ -37,7 +37,7 @@ PLACE_STEP, PLACE_FIRST = 27, 5
 
 @dataclass
 class Settled:
-    """What a probe found. setting [heads, 4] float32; always [heads, blocks] int8: 1 for key blocks that every query sees exactly."""
+    """What a probe found. setting [heads, 4] float32; always [heads, key blocks] int8: 1 for key blocks that every query sees exactly."""
 
     setting: Tensor
     always: Tensor
@@ -85,8 +85,9 @@ def sink_share(image_blocks: int) -> float:
     return max(SINK_SHARE, SINK_TIMES / image_blocks)
 
 
-def settle_head(q: Tensor, blocks: Blocks, filled: Tensor, text: tuple[Tensor, Tensor, Tensor], target: float) -> Settled:
-    """What is settled for one head: setting [4], always [n_blocks]. q [n_blocks, 64, D] times scale; text: k, v, bias outside the image."""
+def settle_head(q: Tensor, blocks: Blocks, filled: Tensor, text: tuple[Tensor, Tensor, Tensor], own: bool, target: float) -> Settled:
+    """What is settled for one head: setting [4], always [key blocks]. q [query blocks, 64, D] times scale; text: k, v, bias outside the
+    image; own: as near_blocks has it."""
     block, place = probe_rows(q.shape[0], q.device)
     rows, real = q[block, place], filled[block, place]
     mass = masses(q, filled, blocks)
@@ -94,8 +95,8 @@ def settle_head(q: Tensor, blocks: Blocks, filled: Tensor, text: tuple[Tensor, T
     values = torch.cat([blocks.v.flatten(0, 1), text[1]])
     share = torch.softmax(logits, 1)
     of_block = share[:, : blocks.k.shape[0] * BLOCK].view(ROWS, -1, BLOCK).sum(2)
-    always = ((of_block > sink_share(q.shape[0])) & real[:, None]).sum(0) > SINK_ROWS * real.sum()
-    near = [near_blocks(mass, density, blocks)[block] | always for density in DENSITIES]
+    always = ((of_block > sink_share(blocks.k.shape[0])) & real[:, None]).sum(0) > SINK_ROWS * real.sum()
+    near = [near_blocks(mass, density, blocks, own)[block] | always for density in DENSITIES]
     sums = torch.stack([torch.stack([_sums(rows, share @ values, seen, factor, logits, values, blocks)[real].sum(0) for factor in FACTORS])
                         for seen in near])
     return Settled(choose(sums, target), always.to(torch.int8))

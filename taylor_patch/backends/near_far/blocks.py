@@ -46,7 +46,7 @@ def gather_blocks(k: Tensor, v: Tensor, bias: Tensor, index: Tensor, filled: Ten
 def masses(q_blocks: Tensor, filled: Tensor, blocks: Blocks) -> Tensor:
     """Predicted softmax mass [query blocks, key blocks], the mean over the quarters of a query block.
 
-    q_blocks: [n_blocks, 64, D] times scale; filled: [n_blocks, 64].
+    q_blocks: [query blocks, 64, D] times scale; filled: [query blocks, 64].
     """
     n_blocks, _, dim = q_blocks.shape
     member = filled.view(n_blocks, ROUTING_SAMPLES, -1, 1).to(q_blocks.dtype)
@@ -56,14 +56,15 @@ def masses(q_blocks: Tensor, filled: Tensor, blocks: Blocks) -> Tensor:
     return (score * (count / count.sum(1, keepdim=True).clamp_min(1))).sum(1)
 
 
-def near_blocks(mass: Tensor, density: float, blocks: Blocks) -> Tensor:
-    """Near blocks [n_blocks, n_blocks] bool of every query block: the share `density` with most mass in the head, its own block and its
-    best block."""
+def near_blocks(mass: Tensor, density: float, blocks: Blocks, own: bool) -> Tensor:
+    """Near blocks [query blocks, key blocks] bool: the share `density` with most mass in the head, each query block's best one, and where
+    keys and queries lie in the same blocks (own) the query block itself."""
     wanted = max(1, min(mass.numel(), round(density * mass.numel())))
     threshold = mass.flatten().kthvalue(mass.numel() - wanted + 1).values
     near = mass >= threshold if density >= 1 else (mass > threshold)
     near.scatter_(1, mass.argmax(1, keepdim=True), True)
-    near.fill_diagonal_(True)
+    if own:
+        near.fill_diagonal_(True)
     return near & blocks.log_mass.isfinite()
 
 

@@ -26,27 +26,28 @@ def _rows(x, base, first, n, DIM: tl.constexpr, ROWS: tl.constexpr, TMA: tl.cons
 @triton.jit(do_not_specialize=SIZES)
 def attend_kernel(q_ptr, stride_qb, stride_qh, stride_qn, stride_qd, out_ptr, stride_ob, stride_oh, stride_on, stride_od,
                   k, v, bias_ptr, mean_k, mean_v, trace_ptr, centre_ptr, covariance, column_scale_ptr, far_ptr, list_ptr, count_ptr,
-                  setting_ptr, scale, first_head, n_heads, GROUP, n_blocks, n_image_blocks, far_stride, GRID_T, GRID_H, GRID_W, START, OUTSIDE,
-                  TILE_T: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, FAR: tl.constexpr,
-                  BIASED: tl.constexpr, TAIL: tl.constexpr, AIMED: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr):
+                  setting_ptr, scale, first_head, n_heads, GROUP, n_blocks, n_image_blocks, n_query_blocks, n_query_image_blocks, far_stride,
+                  GRID_T, GRID_H, GRID_W, START, OUTSIDE, TILE_T: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
+                  D: tl.constexpr, DIM: tl.constexpr, FAR: tl.constexpr, BIASED: tl.constexpr, TAIL: tl.constexpr, AIMED: tl.constexpr,
+                  TMA: tl.constexpr, PRECISION: tl.constexpr):
     """softmax(scale q k' + bias) v, with the keys of far block b replaced by
 
         weight n_b exp(scale q.k_b + 1/2 t_b scale^2 q' S_w q)  and  value v_b + scale C_w' q.
 
     k, v [lanes * blocks * 64, DIM], mean_k, mean_v [lanes * image blocks, DIM], covariance [lanes * 2 DIM, DIM]: pointers or descriptors.
-    far [heads, image blocks, far_stride]: log2 of n_b, or -inf where a block is exact or does not exist; list [heads, blocks, blocks] and
-    count [heads, blocks] say which are exact. AIMED: setting [heads, 4] holds factors of the second-order term and of the linear one
-    at places 1 and 2 (aim.py). Logits are in units of log2; sums are float32. Grid (blocks, query heads of the round);
-    queries outside the image come first, because they take longest.
+    far [heads, image blocks of the queries, far_stride]: log2 of n_b, or -inf where a block is exact or does not exist; list [heads, query
+    blocks, blocks] and count [heads, query blocks] say which are exact. GRID and TILE are those of the queries. AIMED: setting [heads, 4]
+    holds factors of the second-order term and of the linear one at places 1 and 2 (aim.py). Logits are in units of log2; sums are float32.
+    Grid (query blocks, query heads of the round); queries outside the image come first, because they take longest.
     """
-    query = n_blocks - 1 - tl.program_id(0)
+    query = n_query_blocks - 1 - tl.program_id(0)
     lane = tl.program_id(1).to(tl.int64)
     kv_lane = lane // GROUP
     batch, head = (first_head + lane) // n_heads, (first_head + lane) % n_heads
     factor = scale * 1.4426950408889634
     dim = tl.arange(0, DIM)
     place = tl.arange(0, 64)
-    token, filled = block_tokens(query, place, n_image_blocks, GRID_T, GRID_H, GRID_W, START, OUTSIDE, TILE_T, TILE_H, TILE_W)
+    token, filled = block_tokens(query, place, n_query_image_blocks, GRID_T, GRID_H, GRID_W, START, OUTSIDE, TILE_T, TILE_H, TILE_W)
     q = tl.load(q_ptr + batch * stride_qb + head * stride_qh + token.to(tl.int64)[:, None] * stride_qn + dim[None, :] * stride_qd,
                 mask=filled[:, None] & (dim[None, :] < D), other=0.0)
     top = tl.full((64,), -1.0e30, tl.float32)
@@ -60,8 +61,8 @@ def attend_kernel(q_ptr, stride_qb, stride_qh, stride_qn, stride_qd, out_ptr, st
             spread = tl.sum(qs * q.to(tl.float32), 1) * (0.5 * scale * factor)
             if AIMED:
                 spread *= tl.load(setting_ptr + lane * 4 + 1)
-        far_row = far_ptr + (lane * n_image_blocks + query) * far_stride
-        for first in range(0, tl.where(query < n_image_blocks, n_image_blocks, 0), FAR):
+        far_row = far_ptr + (lane * n_query_image_blocks + query) * far_stride
+        for first in range(0, tl.where(query < n_query_image_blocks, n_image_blocks, 0), FAR):
             block = first + tl.arange(0, FAR)
             mean = _rows(mean_k, kv_lane * n_image_blocks, first, n_image_blocks, DIM, FAR, TMA, False)
             logit = tl.dot(q, tl.trans(mean), input_precision=PRECISION) * factor + tl.load(far_row + block)[None, :]
@@ -78,9 +79,9 @@ def attend_kernel(q_ptr, stride_qb, stride_qh, stride_qn, stride_qd, out_ptr, st
         centre = tl.load(centre_ptr + kv_lane * DIM + dim)
         top += tl.sum(q.to(tl.float32) * centre[None, :], 1) * factor
     tail_top, tail_mass = top, mass
-    blocks = list_ptr + (lane * n_blocks + query) * n_blocks
+    blocks = list_ptr + (lane * n_query_blocks + query) * n_blocks
     block = 0
-    for j in range(0, tl.load(count_ptr + lane * n_blocks + query)):
+    for j in range(0, tl.load(count_ptr + lane * n_query_blocks + query)):
         block = tl.load(blocks + j).to(tl.int32)
         first_row = (kv_lane * n_blocks + block) * 64
         logit = tl.dot(q, tl.trans(_rows(k, first_row, 0, 64, DIM, 64, TMA, True)), input_precision=PRECISION)
@@ -110,6 +111,6 @@ def attend_kernel(q_ptr, stride_qb, stride_qh, stride_qn, stride_qd, out_ptr, st
         linear = _rows(covariance, kv_lane * (2 * DIM) + DIM + late, 0, DIM, DIM, DIM, TMA, True)
         total = tl.dot((q.to(tl.float32) * (share * scale)[:, None]).to(q.dtype), linear, total, input_precision=PRECISION)
         total *= tl.where(column_scale > 0, column_scale, 1.0)[None, :]
-    token, filled = block_tokens(query + late, place, n_image_blocks, GRID_T, GRID_H, GRID_W, START, OUTSIDE, TILE_T, TILE_H, TILE_W)
+    token, filled = block_tokens(query + late, place, n_query_image_blocks, GRID_T, GRID_H, GRID_W, START, OUTSIDE, TILE_T, TILE_H, TILE_W)
     out = out_ptr + batch * stride_ob + head * stride_oh + token.to(tl.int64)[:, None] * stride_on + dim[None, :] * stride_od
     tl.store(out, total.to(out_ptr.dtype.element_ty), mask=filled[:, None] & (dim[None, :] < D))

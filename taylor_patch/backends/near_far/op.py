@@ -16,6 +16,7 @@ from taylor_patch.backends.near_far.kernel import attend_kernel
 from taylor_patch.backends.near_far.prepare import covariance_kernel, gather_kernel, pool_kernel
 from taylor_patch.backends.near_far.probing import choose_kernel, probe_kernel, sink_kernel, tail_kernel
 from taylor_patch.backends.near_far.routing import score_kernel, select_kernel, total_kernel
+from taylor_patch.backends.tiles import grids
 from taylor_patch.call import AttentionCall, TokenGrid
 
 try:
@@ -32,7 +33,7 @@ def attend(call: AttentionCall, density: float, tail: str = "cumulant") -> Tenso
     torch.compile sees one operator; outside it the kernels are launched directly, which costs the host less.
     """
     if torch.compiler.is_compiling():
-        return near_far(call.q, call.k, call.v, call.key_mask, _sides(call), call.scale, density, tail, 0.0)
+        return near_far(call.q, call.k, call.v, call.key_mask, *_sides(call), call.scale, density, tail, 0.0)
     return run(plans.of_call(call), call.q, call.k, call.v, call.key_mask, call.scale, density, tail)
 
 
@@ -42,7 +43,7 @@ def attend_aimed(call: AttentionCall, settled: Settled | None) -> tuple[Tensor, 
     In a graph of torch.compile every call is probed and nothing comes back but the attention.
     """
     if torch.compiler.is_compiling():
-        return near_far(call.q, call.k, call.v, call.key_mask, _sides(call), call.scale, 1.0, "cumulant", call.target_error), None
+        return near_far(call.q, call.k, call.v, call.key_mask, *_sides(call), call.scale, 1.0, "cumulant", call.target_error), None
     plan, goal = plans.of_call(call, aimed=True), None
     if settled is None:
         settled, goal = unsettled(plan, call.q.device), aim.MARGIN * call.target_error
@@ -53,23 +54,23 @@ def unsettled(plan: plans.Plan, device: torch.device) -> Settled:
     """Room for what a probe finds."""
     heads = plan.batch * plan.heads
     return Settled(torch.empty(heads, 4, dtype=torch.float32, device=device),
-                   torch.empty(heads, plan.image_blocks, dtype=torch.int8, device=device))
+                   torch.empty(heads, plan.keys.image_blocks, dtype=torch.int8, device=device))
 
 
-def _sides(call: AttentionCall) -> list[int]:
-    grid = call.grid
-    assert grid is not None  # NearFar.reasons_against refuses a call without one
-    return [grid.t, grid.h, grid.w, grid.start]
+def _sides(call: AttentionCall) -> tuple[list[int], list[int]]:
+    """The grids of queries and keys as the operator takes them."""
+    grid, key_grid = ([grid.t, grid.h, grid.w, grid.start] for grid in grids(call))
+    return grid, key_grid
 
 
 @torch.library.custom_op("taylor_patch::near_far", mutates_args=())
-def near_far(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, grid: list[int], scale: float, density: float,
+def near_far(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, grid: list[int], key_grid: list[int], scale: float, density: float,
              tail: str, target: float) -> Tensor:
-    """q [B, H, N, D]; k, v [B, H_kv, N, D]; key_mask [B or 1, N] additive float32; grid (t, h, w, start) -> [B, H, N, D].
+    """q [B, H, N_q, D]; k, v [B, H_kv, N_kv, D]; key_mask [B or 1, N_kv] additive float32 -> [B, H, N_q, D].
 
-    target: relative L2 error to aim at, or 0 for the density given.
+    grid, key_grid: (t, h, w, start) of the queries and of the keys. target: relative L2 error to aim at, or 0 for the density given.
     """
-    call = AttentionCall(q, k, v, scale, key_mask, grid=TokenGrid(*grid))
+    call = AttentionCall(q, k, v, scale, key_mask, grid=TokenGrid(*grid), key_grid=TokenGrid(*key_grid))
     plan = plans.of_call(call, target > 0)
     if target > 0:
         return run(plan, q, k, v, key_mask, scale, density, tail, unsettled(plan, q.device), aim.MARGIN * target)
@@ -77,7 +78,7 @@ def near_far(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, grid: lis
 
 
 @near_far.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, grid: list[int], scale: float, density: float, tail: str,
+def _(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, grid: list[int], key_grid: list[int], scale: float, density: float, tail: str,
       target: float) -> Tensor:
     return empty_output(q)
 
@@ -113,12 +114,6 @@ def run(plan: plans.Plan, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | No
     return out
 
 
-def _geometry(plan: plans.Plan) -> tuple[int, ...]:
-    """Arguments of the tile order: grid, start, tokens outside, tile."""
-    grid = plan.grid
-    return (grid.t, grid.h, grid.w, grid.start, plan.outside, *plan.tile)
-
-
 def _precision(plan: plans.Plan) -> str:
     """float32 products need three TF32 products for float32 accuracy; 16-bit ones are exact as they are."""
     return "tf32x3" if plan.dtype == torch.float32 else "tf32"
@@ -129,16 +124,17 @@ def prepare(plan: plans.Plan, space: dict[str, Tensor], q: Tensor, k: Tensor, v:
     """Fill k, v, means, covariances and query samples of the lanes from `first` on."""
     wide = plan.dim * plan.dtype.itemsize > 256
     mask, stride_mb = (k, 0) if key_mask is None else (key_mask, key_mask.stride(0) if key_mask.shape[0] > 1 else 0)
-    gather_kernel[(plan.blocks, lanes, 2 + plan.group)](
+    queries, keys = plan.queries, plan.keys
+    gather_kernel[(max(keys.blocks, queries.image_blocks), lanes, 2 + plan.group)](
         q, *q.stride(), k, *k.stride(), v, *v.stride(), mask, stride_mb, space["k"], space["v"], space["bias"], space["mean_k"],
         space["mean_v"], space["precise_k"], space["precise_v"], space["log_mass"], space["trace"], space["centre"], space["sample"],
-        space["sample_share"], space["histogram"], first, plan.heads_kv, plan.group, plan.blocks, plan.image_blocks, plan.far_stride,
-        *_geometry(plan), plan.head_dim, plan.dim, plans.ROUTING_SAMPLES, plans.BINS, key_mask is not None, plan.biased,
-        num_warps=4 if wide else 2)
+        space["sample_share"], space["histogram"], first, plan.heads_kv, plan.group, keys.blocks, keys.image_blocks,
+        queries.image_blocks, plan.far_stride, *keys.geometry, *queries.geometry, plan.head_dim, plan.dim, plans.ROUTING_SAMPLES,
+        plans.BINS, key_mask is not None, plan.biased, num_warps=4 if wide else 2)
     columns = plan.column_tile
     covariance_kernel[(2 * plan.dim // columns, plan.splits, lanes)](
         space["k"], space["v"], space["bias"], space["precise_k"], space["precise_v"], space["log_mass"], space["trace"],
-        space["partial_covariance"], space["partial_mass"], -(-plan.image_blocks // plan.splits), plan.blocks, plan.image_blocks,
+        space["partial_covariance"], space["partial_mass"], -(-keys.image_blocks // plan.splits), keys.blocks, keys.image_blocks,
         plan.far_stride, plan.dim, columns, key_mask is not None, _precision(plan), num_warps=8 if wide else 4,
         num_stages=1 if wide else 3 if plan.tiles.tma else 2)
     pool_kernel[(plan.dim // 16, 2, lanes)](space["partial_covariance"], space["partial_mass"], space["covariance"], space["column_scale"],
@@ -151,12 +147,13 @@ def score(plan: plans.Plan, space: dict[str, Tensor], lanes: int, scale: float) 
     # Two stages need more shared memory than GPUs without a tensor memory accelerator have.
     stages = 2 if plan.tiles.tma else 1
     factor = scale * LOG2_E
-    total_kernel[(triton.cdiv(plan.image_blocks, 16), heads)](
-        space["sample"], space["sample_share"], space["mean_k"], space["log_mass"], space["log_total"], factor, plan.image_blocks,
+    n_queries, n_keys = plan.queries.image_blocks, plan.keys.image_blocks
+    total_kernel[(triton.cdiv(n_queries, 16), heads)](
+        space["sample"], space["sample_share"], space["mean_k"], space["log_mass"], space["log_total"], factor, n_keys, n_queries,
         plan.far_stride, plan.group, plan.dim, 16, 64, plans.ROUTING_SAMPLES, "tf32", num_warps=4, num_stages=stages)
-    score_kernel[(triton.cdiv(plan.image_blocks, 64), triton.cdiv(plan.image_blocks, 64 * plan.score_steps), heads)](
+    score_kernel[(triton.cdiv(n_queries, 64), triton.cdiv(n_keys, 64 * plan.score_steps), heads)](
         space["sample"], space["log_total"], space["mean_k"], space["log_mass"], space["far"], space["histogram"], factor,
-        plan.image_blocks, plan.far_stride, plan.group, plan.dim, 64, 64, plan.score_steps, plans.BINS, "tf32", num_warps=4,
+        n_keys, n_queries, plan.far_stride, plan.group, plan.dim, 64, 64, plan.score_steps, plans.BINS, "tf32", num_warps=4,
         num_stages=stages)
 
 
@@ -171,24 +168,26 @@ def probe(plan: plans.Plan, space: dict[str, Tensor], q: Tensor, first: int, lan
     heads, splits, (densities, factors) = lanes * plan.group, plan.probe_splits, _constants(q.device)
     wide = plan.dim * plan.dtype.itemsize > 256
     stages = 2 if plan.tiles.tma else 1
+    queries, keys = plan.queries, plan.keys
     where = (plan.head_dim, plan.dim)
     places = (aim.PLACE_FIRST, aim.PLACE_STEP)
     for name, exact in (("exact", True), ("near", False)):
         probe_kernel[(1 if exact else len(aim.DENSITIES), heads, splits)](
             q, *q.stride(), space["k"], space["v"], space["bias"], space["far"], space["histogram"], settled.always, densities,
             space[f"{name}_numerator"], space[f"{name}_top"], space[f"{name}_mass"], space["block_mass"], scale, first * plan.group,
-            plan.heads, plan.group, plan.blocks, plan.image_blocks, plan.far_stride, -(-plan.blocks // splits), *_geometry(plan), *where,
-            *places, plans.BINS, plan.biased, exact, _precision(plan), num_warps=8 if wide else 4, num_stages=1 if wide else stages)
+            plan.heads, plan.group, keys.blocks, keys.image_blocks, queries.image_blocks, plan.far_stride, -(-keys.blocks // splits),
+            *queries.geometry, *where, *places, plans.BINS, plan.biased, exact, plan.own, _precision(plan), num_warps=8 if wide else 4,
+            num_stages=1 if wide else stages)
         if exact:
-            sink_kernel[(triton.cdiv(plan.image_blocks, 64), heads)](
-                space["exact_top"], space["exact_mass"], space["block_mass"], settled.always, aim.sink_share(plan.image_blocks),
-                plan.image_blocks, splits, *_geometry(plan), *places, aim.SINK_ROWS)
+            sink_kernel[(triton.cdiv(keys.image_blocks, 64), heads)](
+                space["exact_top"], space["exact_mass"], space["block_mass"], settled.always, aim.sink_share(keys.image_blocks),
+                keys.image_blocks, queries.image_blocks, splits, *queries.geometry, *places, aim.SINK_ROWS)
     tail_kernel[(len(aim.FACTORS), len(aim.DENSITIES), heads)](
         q, *q.stride(), space["mean_k"], space["mean_v"], space["log_mass"], space["trace"], space["centre"], space["covariance"],
         space["column_scale"], space["far"], space["histogram"], settled.always, densities, factors, space["exact_numerator"],
         space["exact_top"], space["exact_mass"], space["near_numerator"], space["near_top"], space["near_mass"], space["sums"], scale,
-        first * plan.group, plan.heads, plan.group, plan.image_blocks, plan.far_stride, splits, *_geometry(plan), *where, 32, *places,
-        plans.BINS, _precision(plan), num_warps=8, num_stages=1)
+        first * plan.group, plan.heads, plan.group, keys.image_blocks, queries.image_blocks, plan.far_stride, splits, *queries.geometry,
+        *where, 32, *places, plans.BINS, plan.own, _precision(plan), num_warps=8, num_stages=1)
     choose_kernel[(heads,)](space["sums"], densities, factors, settled.setting, goal, len(aim.DENSITIES), len(aim.FACTORS), *aim.LINEAR,
                             num_warps=1)
 
@@ -196,24 +195,27 @@ def probe(plan: plans.Plan, space: dict[str, Tensor], q: Tensor, first: int, lan
 def select(plan: plans.Plan, space: dict[str, Tensor], lanes: int, density: float, settled: Settled | None = None) -> None:
     """Near blocks of every query block of a round, from the scores."""
     setting, always = (space["histogram"], space["histogram"]) if settled is None else (settled.setting, settled.always)
-    select_kernel[(triton.cdiv(plan.blocks, 8), lanes * plan.group)](
+    queries, keys = plan.queries, plan.keys
+    select_kernel[(triton.cdiv(queries.blocks, 8), lanes * plan.group)](
         space["far"], space["histogram"], space["log_mass"], space["list"], space["count"], density, setting, always,
-        plan.blocks, plan.image_blocks, plan.far_stride, plan.group, 8, 128, plans.BINS, settled is not None)
+        keys.blocks, keys.image_blocks, queries.blocks, queries.image_blocks, plan.far_stride, plan.group, 8, 128, plans.BINS,
+        settled is not None, plan.own)
 
 
 def attend_round(plan: plans.Plan, space: dict[str, Tensor], q: Tensor, out: Tensor, first: int, lanes: int, scale: float,
                  tail: str, settled: Settled | None = None) -> None:
     """Attention of the lanes from `first` on, from a filled workspace into `out`."""
-    tiles = plan.tiles
+    tiles, queries, keys = plan.tiles, plan.queries, plan.keys
     k, v, mean_k, mean_v, covariance = (space[name].view(-1, plan.dim) for name in ("k", "v", "mean_k", "mean_v", "covariance"))
     tma = tiles.tma and TensorDescriptor is not None
     if tma:
         k, v = (TensorDescriptor.from_tensor(x, [64, plan.dim]) for x in (k, v))
         mean_k, mean_v = (TensorDescriptor.from_tensor(x, [tiles.far, plan.dim]) for x in (mean_k, mean_v))
         covariance = TensorDescriptor.from_tensor(covariance, [plan.dim, plan.dim])
-    attend_kernel[(plan.blocks, lanes * plan.group)](
+    attend_kernel[(queries.blocks, lanes * plan.group)](
         q, *q.stride(), out, *out.stride(), k, v, space["bias"], mean_k, mean_v, space["trace"], space["centre"], covariance,
         space["column_scale"], space["far"], space["list"], space["count"],
-        space["column_scale"] if settled is None else settled.setting, scale, first * plan.group, plan.heads, plan.group, plan.blocks,
-        plan.image_blocks, plan.far_stride, *_geometry(plan), plan.head_dim, plan.dim, tiles.far, plan.biased, TAILS[tail],
-        settled is not None, tma, _precision(plan), num_warps=tiles.warps, num_stages=tiles.stages, maxnreg=tiles.registers or None)
+        space["column_scale"] if settled is None else settled.setting, scale, first * plan.group, plan.heads, plan.group, keys.blocks,
+        keys.image_blocks, queries.blocks, queries.image_blocks, plan.far_stride, *queries.geometry, plan.head_dim, plan.dim, tiles.far,
+        plan.biased, TAILS[tail], settled is not None, tma, _precision(plan), num_warps=tiles.warps, num_stages=tiles.stages,
+        maxnreg=tiles.registers or None)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from taylor_patch.backends.near_far import aim
-from taylor_patch.backends.tiles import BLOCK, tile_shape
+from taylor_patch.backends.tiles import BLOCK, grids, tile_shape
 from taylor_patch.call import AttentionCall, TokenGrid
 
 WORKSPACE_LIMIT = 960 * 2**20
@@ -57,24 +57,58 @@ TUNED: dict[tuple[int, int, int], Tiles] = {
 
 
 @dataclass(frozen=True)
+class Side:
+    """The queries or the keys of a call in blocks of 64: image tiles in the order of tiles.tile_index, then tokens outside the image."""
+
+    tokens: int
+    grid: TokenGrid
+
+    @cached_property
+    def tile(self) -> tuple[int, int, int]:
+        return tile_shape(self.grid)
+
+    @cached_property
+    def image_blocks(self) -> int:
+        return math.prod(-(-size // part) for size, part in zip((self.grid.t, self.grid.h, self.grid.w), self.tile, strict=True))
+
+    @cached_property
+    def outside(self) -> int:
+        """Tokens outside the image."""
+        return self.tokens - self.grid.tokens
+
+    @cached_property
+    def blocks(self) -> int:
+        return self.image_blocks + -(-self.outside // BLOCK)
+
+    @cached_property
+    def geometry(self) -> tuple[int, ...]:
+        """What layout.block_tokens takes: grid, start, tokens outside, tile."""
+        return (self.grid.t, self.grid.h, self.grid.w, self.grid.start, self.outside, *self.tile)
+
+
+@dataclass(frozen=True)
 class Plan:
     """What is derived from the shapes of a call.
 
-    A lane is one key head of one batch element; `group` query heads share it. Blocks of 64 tokens, of keys and of queries alike, are the
-    image tiles in the order of tiles.tile_index, then the tokens outside the image.
+    A lane is one key head of one batch element; `group` query heads share it. In self-attention queries and keys are the same side.
     """
 
     batch: int
     heads: int
     heads_kv: int
-    tokens: int
     head_dim: int
     dtype: torch.dtype
     masked: bool
-    grid: TokenGrid
+    queries: Side
+    keys: Side
     tiles: Tiles
     aimed: bool = False
     """Whether the density is found by a probe (aim.py)."""
+
+    @cached_property
+    def own(self) -> bool:
+        """Whether queries and keys lie in the same blocks, so that each block of queries has one of its own among the keys."""
+        return self.queries == self.keys
 
     @cached_property
     def group(self) -> int:
@@ -95,47 +129,30 @@ class Plan:
         return min(self.dim, COLUMN_TILE)
 
     @cached_property
-    def tile(self) -> tuple[int, int, int]:
-        return tile_shape(self.grid)
-
-    @cached_property
-    def image_blocks(self) -> int:
-        return math.prod(-(-size // part) for size, part in zip((self.grid.t, self.grid.h, self.grid.w), self.tile, strict=True))
-
-    @cached_property
     def far_stride(self) -> int:
-        """image_blocks rounded up: length of the rows that the far field reads without masks."""
-        return -(-self.image_blocks // 128) * 128
-
-    @cached_property
-    def outside(self) -> int:
-        """Tokens outside the image."""
-        return self.tokens - self.grid.tokens
-
-    @cached_property
-    def blocks(self) -> int:
-        return self.image_blocks + -(-self.outside // BLOCK)
+        """Image blocks of the keys, rounded up: length of the rows that the far field reads without masks."""
+        return -(-self.keys.image_blocks // 128) * 128
 
     @cached_property
     def score_steps(self) -> int:
         """Tiles of 64 key blocks that one program of the scoring kernel goes through; one of them is counted in the histogram."""
-        return 1 << min(3, max(0, ((self.image_blocks - 1) // 128).bit_length() - 1))
+        return 1 << min(3, max(0, ((self.keys.image_blocks - 1) // 128).bit_length() - 1))
 
     @cached_property
     def biased(self) -> bool:
         """True where keys have a bias: a key mask, or blocks of fewer than 64 tokens."""
-        return self.masked or self.tokens != self.blocks * BLOCK
+        return self.masked or self.keys.tokens != self.keys.blocks * BLOCK
 
     @cached_property
     def splits(self) -> int:
         """Programs of the preparation kernel per lane and part."""
-        return max(1, min(self.image_blocks, COVARIANCE_PROGRAMS // (2 * self.dim // self.column_tile * self.round_lanes)))
+        return max(1, min(self.keys.image_blocks, COVARIANCE_PROGRAMS // (2 * self.dim // self.column_tile * self.round_lanes)))
 
     @cached_property
     def probe_splits(self) -> int:
         """Shares of the key blocks that programs of the probe take."""
         programs = self.lanes * self.group * len(aim.DENSITIES)
-        return max(1, min(self.blocks // 4, -(-PROBE_PROGRAMS // programs)))
+        return max(1, min(self.keys.blocks // 4, -(-PROBE_PROGRAMS // programs)))
 
     @cached_property
     def round_lanes(self) -> int:
@@ -156,13 +173,14 @@ class Plan:
     def _lane_buffers(self, splits: int) -> Iterator[tuple[str, tuple[int, ...], torch.dtype]]:
         """(name, shape of one lane, dtype) of every temporary array."""
         dim, half, full = self.dim, self.dtype, torch.float32
-        yield "k", (self.blocks * BLOCK, dim), half
-        yield "v", (self.blocks * BLOCK, dim), half
-        yield "bias", (self.blocks * BLOCK if self.biased else 0,), full
-        yield "mean_k", (self.image_blocks, dim), half
-        yield "mean_v", (self.image_blocks, dim), half
-        yield "precise_k", (self.image_blocks, dim), full
-        yield "precise_v", (self.image_blocks, dim), full
+        queries, keys = self.queries, self.keys
+        yield "k", (keys.blocks * BLOCK, dim), half
+        yield "v", (keys.blocks * BLOCK, dim), half
+        yield "bias", (keys.blocks * BLOCK if self.biased else 0,), full
+        yield "mean_k", (keys.image_blocks, dim), half
+        yield "mean_v", (keys.image_blocks, dim), half
+        yield "precise_k", (keys.image_blocks, dim), full
+        yield "precise_v", (keys.image_blocks, dim), full
         yield "log_mass", (self.far_stride,), full
         yield "trace", (self.far_stride,), full
         yield "centre", (dim,), full
@@ -170,15 +188,15 @@ class Plan:
         yield "column_scale", (2 * dim,), full
         yield "partial_covariance", (splits, 2 * dim, dim), full
         yield "partial_mass", (splits, 2), full
-        yield "sample", (self.group, ROUTING_SAMPLES, self.image_blocks, dim), half
-        yield "sample_share", (ROUTING_SAMPLES, self.image_blocks), full
-        yield "log_total", (self.group, ROUTING_SAMPLES, self.image_blocks), full
-        yield "far", (self.group, self.image_blocks, self.far_stride), full
+        yield "sample", (self.group, ROUTING_SAMPLES, queries.image_blocks, dim), half
+        yield "sample_share", (ROUTING_SAMPLES, queries.image_blocks), full
+        yield "log_total", (self.group, ROUTING_SAMPLES, queries.image_blocks), full
+        yield "far", (self.group, queries.image_blocks, self.far_stride), full
         yield "histogram", (self.group, 2 * BINS), torch.int32
-        yield "list", (self.group, self.blocks, self.blocks), torch.int16 if self.blocks < 2**15 else torch.int32
-        yield "count", (self.group, self.blocks), torch.int32
+        yield "list", (self.group, queries.blocks, keys.blocks), torch.int16 if keys.blocks < 2**15 else torch.int32
+        yield "count", (self.group, queries.blocks), torch.int32
         if self.aimed:
-            yield "block_mass", (self.group, aim.ROWS, self.image_blocks), full
+            yield "block_mass", (self.group, aim.ROWS, keys.image_blocks), full
             for name, densities in (("exact", 1), ("near", len(aim.DENSITIES))):
                 yield f"{name}_numerator", (self.group, densities, self.probe_splits, aim.ROWS, dim), full
                 yield f"{name}_top", (self.group, densities, self.probe_splits, aim.ROWS), full
@@ -203,10 +221,11 @@ def tiles_for(capability: tuple[int, int], dtype: torch.dtype, head_dim: int) ->
 
 
 @lru_cache(maxsize=256)
-def make(batch: int, heads: int, heads_kv: int, tokens: int, head_dim: int, dtype: torch.dtype, masked: bool, grid: TokenGrid,
-         capability: tuple[int, int], aimed: bool) -> Plan:
+def make(batch: int, heads: int, heads_kv: int, head_dim: int, dtype: torch.dtype, masked: bool, n_q: int, grid: TokenGrid, n_kv: int,
+         key_grid: TokenGrid, capability: tuple[int, int], aimed: bool) -> Plan:
     """The plan of a call of these shapes."""
-    return Plan(batch, heads, heads_kv, tokens, head_dim, dtype, masked, grid, tiles_for(capability, dtype, head_dim), aimed)
+    return Plan(batch, heads, heads_kv, head_dim, dtype, masked, Side(n_q, grid), Side(n_kv, key_grid), tiles_for(capability, dtype, head_dim),
+                aimed)
 
 
 def capability_of(device: torch.device) -> tuple[int, int]:
@@ -216,8 +235,7 @@ def capability_of(device: torch.device) -> tuple[int, int]:
 
 def of_call(call: AttentionCall, aimed: bool = False) -> Plan:
     """The plan of a call. aimed: its density is found by a probe."""
-    assert call.grid is not None
-    batch, heads, tokens, head_dim = call.q.shape
-    capability = capability_of(call.q.device)
-    return make(batch, heads, call.k.shape[1], tokens, head_dim, call.q.dtype, call.key_mask is not None, call.grid, capability,
-                aimed)
+    batch, heads, n_q, head_dim = call.q.shape
+    grid, key_grid = grids(call)
+    return make(batch, heads, call.k.shape[1], head_dim, call.q.dtype, call.key_mask is not None, n_q, grid, call.k.shape[2], key_grid,
+                capability_of(call.q.device), aimed)

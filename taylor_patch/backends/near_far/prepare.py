@@ -14,15 +14,17 @@ TINY = tl.constexpr(1.1754943508222875e-38)
 def gather_kernel(q_ptr, stride_qb, stride_qh, stride_qn, stride_qd, k_ptr, stride_kb, stride_kh, stride_kn, stride_kd,
                   v_ptr, stride_vb, stride_vh, stride_vn, stride_vd, mask_ptr, stride_mb, k_out_ptr, v_out_ptr, bias_ptr,
                   mean_k_ptr, mean_v_ptr, precise_k_ptr, precise_v_ptr, log_mass_ptr, trace_ptr, centre_ptr,
-                  sample_ptr, share_ptr, histogram_ptr, first_lane, n_heads, GROUP, n_blocks, n_image_blocks, far_stride,
-                  GRID_T, GRID_H, GRID_W, START, OUTSIDE, TILE_T: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
-                  D: tl.constexpr, DIM: tl.constexpr, SAMPLES: tl.constexpr, BINS: tl.constexpr, MASKED: tl.constexpr, BIASED: tl.constexpr):
+                  sample_ptr, share_ptr, histogram_ptr, first_lane, n_heads, GROUP, n_blocks, n_image_blocks, n_query_image_blocks,
+                  far_stride, GRID_T, GRID_H, GRID_W, START, OUTSIDE, TILE_T: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
+                  QUERY_T, QUERY_H, QUERY_W, QUERY_START, QUERY_OUTSIDE, QUERY_TILE_T: tl.constexpr, QUERY_TILE_H: tl.constexpr,
+                  QUERY_TILE_W: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, SAMPLES: tl.constexpr, BINS: tl.constexpr,
+                  MASKED: tl.constexpr, BIASED: tl.constexpr):
     """Everything that is known of one block alone: k and v in tile order, their weighted means (those of k less a centre in the dtype of k,
-    and float32 ones), log2 masses, traces tr(S_b), biases times log2 e; means of the quarters of query blocks [heads, SAMPLES, image
-    blocks, DIM] and the quarters' shares of the blocks' tokens.
+    and float32 ones), log2 masses, traces tr(S_b), biases times log2 e; means of the quarters of query blocks [heads, SAMPLES,
+    image blocks of the queries, DIM] and the quarters' shares of the blocks' tokens.
 
-    Clears the histogram too. Grid (blocks, lanes, 2 + GROUP): k, v, then the query heads of the lane. Few warps a program: sums across
-    warps are what costs time.
+    Clears the histogram too. Grid (blocks, or image blocks of the queries where these are more, lanes, 2 + GROUP): k, v, then the query
+    heads of the lane. Few warps a program: sums across warps are what costs time.
     """
     block = tl.program_id(0)
     lane = tl.program_id(1).to(tl.int64)
@@ -31,24 +33,28 @@ def gather_kernel(q_ptr, stride_qb, stride_qh, stride_qn, stride_qd, k_ptr, stri
     in_image = block < n_image_blocks
     place = tl.arange(0, 64)
     dim = tl.arange(0, DIM)
-    token, filled = block_tokens(block, place, n_image_blocks, GRID_T, GRID_H, GRID_W, START, OUTSIDE, TILE_T, TILE_H, TILE_W)
-    token = token.to(tl.int64)[:, None]
-    inside = filled[:, None] & (dim[None, :] < D)
     if part >= 2:
-        if in_image:
+        if block < n_query_image_blocks:
+            token, filled = block_tokens(block, place, n_query_image_blocks, QUERY_T, QUERY_H, QUERY_W, QUERY_START, QUERY_OUTSIDE,
+                                         QUERY_TILE_T, QUERY_TILE_H, QUERY_TILE_W)
+            token = token.to(tl.int64)[:, None]
+            inside = filled[:, None] & (dim[None, :] < D)
             member = head * GROUP + part - 2
             q = tl.load(q_ptr + batch * stride_qb + member * stride_qh + token * stride_qn + dim[None, :] * stride_qd, mask=inside, other=0.0)
             sample = tl.arange(0, SAMPLES)
             count = tl.sum(tl.reshape(filled.to(tl.float32), (SAMPLES, 64 // SAMPLES)), 1)
             mean = tl.sum(tl.reshape(q.to(tl.float32), (SAMPLES, 64 // SAMPLES, DIM)), 1) / tl.maximum(count, 1.0)[:, None]
-            row = ((lane * GROUP + part - 2) * SAMPLES + sample) * n_image_blocks + block
+            row = ((lane * GROUP + part - 2) * SAMPLES + sample) * n_query_image_blocks + block
             tl.store(sample_ptr + row[:, None] * DIM + dim[None, :], mean.to(sample_ptr.dtype.element_ty))
             if lane == 0:
-                tl.store(share_ptr + sample * n_image_blocks + block, count / tl.maximum(tl.sum(count, 0), 1.0))
+                tl.store(share_ptr + sample * n_query_image_blocks + block, count / tl.maximum(tl.sum(count, 0), 1.0))
             if block == 0:
                 counter = (lane * GROUP + part - 2) * (2 * BINS) + tl.arange(0, 2 * BINS)
                 tl.store(histogram_ptr + counter, tl.zeros((2 * BINS,), tl.int32))
-    else:
+    elif block < n_blocks:
+        token, filled = block_tokens(block, place, n_image_blocks, GRID_T, GRID_H, GRID_W, START, OUTSIDE, TILE_T, TILE_H, TILE_W)
+        token = token.to(tl.int64)[:, None]
+        inside = filled[:, None] & (dim[None, :] < D)
         row = (lane * n_blocks + block) * 64 + place
         block_at = lane * n_image_blocks + block
         weight = tl.where(filled, 1.0, 0.0)

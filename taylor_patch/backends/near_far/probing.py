@@ -10,12 +10,12 @@ from taylor_patch.backends.near_far.routing import bin_of, threshold_bin
 
 
 @triton.jit
-def _rows(n_image_blocks, GRID_T, GRID_H, GRID_W, START, OUTSIDE, TILE_T: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
+def _rows(n_query_image_blocks, GRID_T, GRID_H, GRID_W, START, OUTSIDE, TILE_T: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
           FIRST: tl.constexpr, STEP: tl.constexpr):
     """Block, token and whether there is one, of the 64 rows (aim.probe_rows)."""
     i = tl.arange(0, 64)
-    block = (2 * i + 1) * n_image_blocks // 128
-    token, filled = block_tokens(block, (STEP * i + FIRST) % 64, n_image_blocks, GRID_T, GRID_H, GRID_W, START, OUTSIDE, TILE_T, TILE_H,
+    block = (2 * i + 1) * n_query_image_blocks // 128
+    token, filled = block_tokens(block, (STEP * i + FIRST) % 64, n_query_image_blocks, GRID_T, GRID_H, GRID_W, START, OUTSIDE, TILE_T, TILE_H,
                                  TILE_W)
     return block, token, filled
 
@@ -30,19 +30,23 @@ def _query(q_ptr, stride_qb, stride_qh, stride_qn, stride_qd, first_head, lane, 
 
 
 @triton.jit
-def _is_near(far_ptr, always_ptr, lane, row_block, key, n_image_blocks, far_stride, threshold, BINS: tl.constexpr):
+def _is_near(far_ptr, always_ptr, lane, row_block, key, n_image_blocks, n_query_image_blocks, far_stride, threshold, BINS: tl.constexpr,
+             OWN: tl.constexpr):
     """Whether key blocks `key` are near to query blocks `row_block`; the two broadcast."""
-    octaves = tl.load(far_ptr + (lane * n_image_blocks + row_block) * far_stride + key, mask=key < n_image_blocks, other=-1.0e3)
+    octaves = tl.load(far_ptr + (lane * n_query_image_blocks + row_block) * far_stride + key, mask=key < n_image_blocks, other=-1.0e3)
     always = tl.load(always_ptr + lane * n_image_blocks + key, mask=key < n_image_blocks, other=0)
-    return (bin_of(octaves, BINS) >= threshold) | (key == row_block) | (always != 0)
+    near = (bin_of(octaves, BINS) >= threshold) | (always != 0)
+    if OWN:
+        near |= key == row_block
+    return near
 
 
 @triton.jit(do_not_specialize=SIZES)
 def probe_kernel(q_ptr, stride_qb, stride_qh, stride_qn, stride_qd, k_ptr, v_ptr, bias_ptr, far_ptr, histogram_ptr, always_ptr, density_ptr,
-                 numerator_ptr, top_ptr, mass_ptr, block_mass_ptr, scale, first_head, n_heads, GROUP, n_blocks, n_image_blocks, far_stride,
-                 blocks_each, GRID_T, GRID_H, GRID_W, START, OUTSIDE, TILE_T: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
-                 D: tl.constexpr, DIM: tl.constexpr, PLACE_FIRST: tl.constexpr, PLACE_STEP: tl.constexpr, BINS: tl.constexpr,
-                 BIASED: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr):
+                 numerator_ptr, top_ptr, mass_ptr, block_mass_ptr, scale, first_head, n_heads, GROUP, n_blocks, n_image_blocks,
+                 n_query_image_blocks, far_stride, blocks_each, GRID_T, GRID_H, GRID_W, START, OUTSIDE, TILE_T: tl.constexpr,
+                 TILE_H: tl.constexpr, TILE_W: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, PLACE_FIRST: tl.constexpr,
+                 PLACE_STEP: tl.constexpr, BINS: tl.constexpr, BIASED: tl.constexpr, EXACT: tl.constexpr, OWN: tl.constexpr, PRECISION: tl.constexpr):
     """Near field of the 64 rows over one share of the key blocks, for each density; with EXACT over all of them.
 
     Unnormalised sums [heads, densities (1 with EXACT), splits, 64, DIM], their tops (log2) and masses [..., 64]; with EXACT also
@@ -54,7 +58,8 @@ def probe_kernel(q_ptr, stride_qb, stride_qh, stride_qn, stride_qd, k_ptr, v_ptr
     factor = scale * 1.4426950408889634
     dim = tl.arange(0, DIM)
     place = tl.arange(0, 64)
-    row_block, token, filled = _rows(n_image_blocks, GRID_T, GRID_H, GRID_W, START, OUTSIDE, TILE_T, TILE_H, TILE_W, PLACE_FIRST, PLACE_STEP)
+    row_block, token, filled = _rows(n_query_image_blocks, GRID_T, GRID_H, GRID_W, START, OUTSIDE, TILE_T, TILE_H, TILE_W, PLACE_FIRST,
+                                     PLACE_STEP)
     q = _query(q_ptr, stride_qb, stride_qh, stride_qn, stride_qd, first_head, lane, n_heads, token, filled, D, DIM)
     threshold = 0
     if not EXACT:
@@ -69,8 +74,8 @@ def probe_kernel(q_ptr, stride_qb, stride_qh, stride_qn, stride_qd, k_ptr, v_ptr
         if BIASED:
             logit += tl.load(bias_ptr + row)[None, :]
         if not EXACT:
-            near = _is_near(far_ptr, always_ptr, lane, row_block, block + tl.zeros_like(row_block), n_image_blocks, far_stride,
-                            threshold, BINS)
+            near = _is_near(far_ptr, always_ptr, lane, row_block, block + tl.zeros_like(row_block), n_image_blocks, n_query_image_blocks,
+                            far_stride, threshold, BINS, OWN)
             logit = tl.where((near | (block >= n_image_blocks))[:, None], logit, float("-inf"))
         new_top = tl.maximum(top, tl.max(logit, 1))
         weight = tl.exp2(logit - new_top[:, None])
@@ -109,9 +114,9 @@ def _merged(numerator_ptr, top_ptr, mass_ptr, first, splits, DIM: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=SIZES)
-def sink_kernel(top_ptr, mass_ptr, block_mass_ptr, always_ptr, least_share, n_image_blocks, n_splits, GRID_T, GRID_H, GRID_W, START, OUTSIDE,
-                TILE_T: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr, PLACE_FIRST: tl.constexpr, PLACE_STEP: tl.constexpr,
-                ROWS: tl.constexpr):
+def sink_kernel(top_ptr, mass_ptr, block_mass_ptr, always_ptr, least_share, n_image_blocks, n_query_image_blocks, n_splits, GRID_T, GRID_H,
+                GRID_W, START, OUTSIDE, TILE_T: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr, PLACE_FIRST: tl.constexpr,
+                PLACE_STEP: tl.constexpr, ROWS: tl.constexpr):
     """always [heads, image blocks] int8: 1 where a block has more than least_share of the softmax in more than ROWS of the 64 rows.
 
     Grid (image blocks / 64, heads).
@@ -119,7 +124,7 @@ def sink_kernel(top_ptr, mass_ptr, block_mass_ptr, always_ptr, least_share, n_im
     lane = tl.program_id(1).to(tl.int64)
     place = tl.arange(0, 64)
     key = tl.program_id(0) * 64 + tl.arange(0, 64)
-    _, _, filled = _rows(n_image_blocks, GRID_T, GRID_H, GRID_W, START, OUTSIDE, TILE_T, TILE_H, TILE_W, PLACE_FIRST, PLACE_STEP)
+    _, _, filled = _rows(n_query_image_blocks, GRID_T, GRID_H, GRID_W, START, OUTSIDE, TILE_T, TILE_H, TILE_W, PLACE_FIRST, PLACE_STEP)
     top = tl.full((64,), -1.0e30, tl.float32)
     mass = tl.zeros((64,), tl.float32)
     for split in range(n_splits):
@@ -140,9 +145,9 @@ def sink_kernel(top_ptr, mass_ptr, block_mass_ptr, always_ptr, least_share, n_im
 def tail_kernel(q_ptr, stride_qb, stride_qh, stride_qn, stride_qd, mean_k_ptr, mean_v_ptr, log_mass_ptr, trace_ptr, centre_ptr,
                 covariance_ptr, column_scale_ptr, far_ptr, histogram_ptr, always_ptr, density_ptr, factor_ptr, exact_numerator_ptr,
                 exact_top_ptr, exact_mass_ptr, numerator_ptr, top_ptr, mass_ptr, sums_ptr, scale, first_head, n_heads, GROUP, n_image_blocks,
-                far_stride, n_splits, GRID_T, GRID_H, GRID_W, START, OUTSIDE, TILE_T: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
-                D: tl.constexpr, DIM: tl.constexpr, FAR: tl.constexpr, PLACE_FIRST: tl.constexpr, PLACE_STEP: tl.constexpr, BINS: tl.constexpr,
-                PRECISION: tl.constexpr):
+                n_query_image_blocks, far_stride, n_splits, GRID_T, GRID_H, GRID_W, START, OUTSIDE, TILE_T: tl.constexpr, TILE_H: tl.constexpr,
+                TILE_W: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, FAR: tl.constexpr, PLACE_FIRST: tl.constexpr,
+                PLACE_STEP: tl.constexpr, BINS: tl.constexpr, OWN: tl.constexpr, PRECISION: tl.constexpr):
     """Far field of the 64 rows for each density and factor, put together with the near field and compared with the exact rows.
 
     sums [heads, densities, factors, 4] float32: r.r, r.b, b.b, exact.exact over the rows (aim.choose). Grid (factors, densities, heads).
@@ -152,7 +157,8 @@ def tail_kernel(q_ptr, stride_qb, stride_qh, stride_qn, stride_qd, mean_k_ptr, m
     kv_lane = lane // GROUP
     factor = scale * 1.4426950408889634
     dim = tl.arange(0, DIM)
-    row_block, token, filled = _rows(n_image_blocks, GRID_T, GRID_H, GRID_W, START, OUTSIDE, TILE_T, TILE_H, TILE_W, PLACE_FIRST, PLACE_STEP)
+    row_block, token, filled = _rows(n_query_image_blocks, GRID_T, GRID_H, GRID_W, START, OUTSIDE, TILE_T, TILE_H, TILE_W, PLACE_FIRST,
+                                     PLACE_STEP)
     q = _query(q_ptr, stride_qb, stride_qh, stride_qn, stride_qd, first_head, lane, n_heads, token, filled, D, DIM)
     threshold = threshold_bin(histogram_ptr + lane * (2 * BINS), tl.load(density_ptr + number), BINS)
     total, top, mass = _merged(numerator_ptr, top_ptr, mass_ptr, (lane * tl.num_programs(1) + number) * n_splits, n_splits, DIM)
@@ -171,7 +177,8 @@ def tail_kernel(q_ptr, stride_qb, stride_qh, stride_qn, stride_qd, mean_k_ptr, m
         trace = tl.load(trace_ptr + kv_lane * far_stride + key, mask=key < n_image_blocks, other=0.0)
         logit = tl.dot(q, tl.trans(mean_k), input_precision=PRECISION) * factor + (away[:, None] + log_mass[None, :])
         logit += spread[:, None] * trace[None, :]
-        near = _is_near(far_ptr, always_ptr, lane, row_block[:, None], key[None, :], n_image_blocks, far_stride, threshold, BINS)
+        near = _is_near(far_ptr, always_ptr, lane, row_block[:, None], key[None, :], n_image_blocks, n_query_image_blocks, far_stride,
+                        threshold, BINS, OWN)
         logit = tl.where(near, float("-inf"), logit)
         new_top = tl.maximum(top, tl.max(logit, 1))
         weight = tl.exp2(logit - new_top[:, None])

@@ -6,7 +6,8 @@ around its mean. With n_b keys, mean k_b and v_b, and q already times scale:
     weight = n_b exp(q.k_b + 1/2 t_b q' S_w q),    value = v_b + C_w' q
 
 S_w = mean within-block covariance of k, C_w = that of (k, v), t_b = tr(S_b) / mean tr(S_b). Tokens outside the image
-(text, conditioning) are always exact, as keys and as queries. No N x N tensor is formed.
+(text, conditioning) are always exact, as keys and as queries. No N x N tensor is formed. In cross-attention queries and keys have blocks
+of their own (tiles.grids).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from taylor_patch.backends.near_far.aim import Settled, settle_head
 from taylor_patch.backends.near_far.blocks import ROUTING_SAMPLES, Blocks, gather_blocks, masses, near_blocks, tail_logits
-from taylor_patch.backends.tiles import BLOCK, tile_index
+from taylor_patch.backends.tiles import BLOCK, grids, tile_index
 from taylor_patch.call import AttentionCall, TokenGrid
 
 QUERY_BLOCKS_AT_ONCE = 8
@@ -26,13 +27,14 @@ QUERY_BLOCKS_AT_ONCE = 8
 
 def workspace_nbytes(call: AttentionCall, density: float) -> int:
     """Upper estimate for one head: blocks of q, k, v, the routing table, and the logits of a group of query blocks."""
-    _, _, n, head_dim = call.q.shape
-    blocks = -(-n // BLOCK)
-    outside = n - (call.grid.tokens if call.grid else 0)
+    _, _, n_q, head_dim = call.q.shape
+    n_kv = call.k.shape[2]
+    query_blocks, blocks = -(-n_q // BLOCK), -(-n_kv // BLOCK)
+    outside = n_kv - grids(call)[1].tokens
     rows = QUERY_BLOCKS_AT_ONCE * BLOCK
     keys = blocks * BLOCK * min(1.0, 4 * density) + blocks + outside
     gathered = QUERY_BLOCKS_AT_ONCE * keys * head_dim * 2
-    return int(4 * (4 * n * head_dim + (2 + ROUTING_SAMPLES) * blocks**2 + 3 * rows * keys + gathered + 4 * head_dim**2))
+    return int(4 * (2 * (n_q + n_kv) * head_dim + (2 + ROUTING_SAMPLES) * query_blocks * blocks + 3 * rows * keys + gathered + 4 * head_dim**2))
 
 
 def attend(call: AttentionCall, density: float, tail: str = "cumulant") -> Tensor:
@@ -45,7 +47,7 @@ def attend_aimed(call: AttentionCall, settled: Settled | None) -> tuple[Tensor, 
     found: list[Settled] = []
 
     def run(number: int, head: Head) -> Tensor:
-        own = settle_head(head.q_blocks, head.blocks, head.filled, head.text, call.target_error) if settled is None else \
+        own = settle_head(head.q_blocks, head.blocks, head.filled, head.text, head.own, call.target_error) if settled is None else \
             Settled(settled.setting[number], settled.always[number])
         found.append(own)
         density, factor, linear, _ = own.setting.tolist()
@@ -57,40 +59,42 @@ def attend_aimed(call: AttentionCall, settled: Settled | None) -> tuple[Tensor, 
 
 def _each_head(call: AttentionCall, run: Callable[[int, Head], Tensor]) -> Tensor:
     """[B, H, N, D] in q's dtype from run(number of the head in the batch, head)."""
-    assert call.grid is not None  # NearFar.reasons_against refuses a call without one
+    grid, key_grid = grids(call)
     out = torch.empty(call.q.shape, dtype=call.q.dtype, device=call.q.device)
     batch, heads = call.q.shape[:2]
     for b in range(batch):
         bias = None if call.key_mask is None else call.key_mask[b % call.key_mask.shape[0]]
         for h in range(heads):
             kv = h * call.k.shape[1] // heads
-            head = Head(call.q[b, h] * call.scale, call.k[b, kv], call.v[b, kv], call.grid, bias)
+            head = Head(call.q[b, h] * call.scale, call.k[b, kv], call.v[b, kv], grid, bias, None if call.self_attention else key_grid)
             out[b, h] = run(b * heads + h, head).to(out.dtype)
     return out
 
 
 def route(head: Head, density: float) -> Tensor:
-    """Near blocks [n_blocks, n_blocks] bool of the head's query blocks."""
-    return near_blocks(masses(head.q_blocks, head.filled, head.blocks), density, head.blocks)
+    """Near blocks [query blocks, key blocks] bool of the head."""
+    return near_blocks(masses(head.q_blocks, head.filled, head.blocks), density, head.blocks, head.own)
 
 
 class Head:
-    """One head in blocks. q (times scale), k, v [N, D], bias [N] additive; computed in float32 or wider."""
+    """One head in blocks. q (times scale) [N_q, D], k, v [N_kv, D], bias [N_kv] additive; computed in float32 or wider.
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid, bias: Tensor | None = None) -> None:
+    grid: where the queries lie; key_grid: where the keys do, None where they lie as the queries.
+    """
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid, bias: Tensor | None = None, key_grid: TokenGrid | None = None) -> None:
         dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
         self.q, self.k, self.v = q.to(dtype), k.to(dtype), v.to(dtype)
         self.bias = torch.zeros_like(self.k[:, 0]) if bias is None else bias.to(dtype)
-        index, self.filled = (x.to(q.device) for x in tile_index(grid))
-        self.index = index + grid.start
-        self.outside = torch.ones(q.shape[0], dtype=torch.bool, device=q.device)
-        self.outside[grid.start : grid.start + grid.tokens] = False
-        self.blocks = gather_blocks(self.k, self.v, self.bias, self.index, self.filled)
+        self.own = key_grid is None
+        self.index, self.filled, self.outside = _places(self.q, grid)
+        index, filled, outside = (self.index, self.filled, self.outside) if key_grid is None else _places(self.k, key_grid)
+        self.blocks = gather_blocks(self.k, self.v, self.bias, index, filled)
         self.q_blocks = self.q[self.index]
-        self.text = (self.k[self.outside], self.v[self.outside], self.bias[self.outside])
+        self.text = (self.k[outside], self.v[outside], self.bias[outside])
 
     def attend(self, near: Tensor, tail: str = "cumulant", factor: float = 1.0, linear: float = 1.0) -> Tensor:
-        """[N, D] with the near blocks [n_blocks, n_blocks]; factors of the second-order and the linear term."""
+        """[N_q, D] with the near blocks [query blocks, key blocks]; factors of the second-order and the linear term."""
         out = torch.empty_like(self.q)
         out[self.outside] = torch.softmax(self.q[self.outside] @ self.k.T + self.bias, -1) @ self.v
         # Query blocks with about as many near blocks go together, so that little of the gathered keys is padding.
@@ -98,6 +102,14 @@ class Head:
             rows = attend_group(self.q_blocks[group], near[group], self.blocks, self.text, tail, factor, linear)
             out[self.index[group][self.filled[group]]] = rows[self.filled[group]]
         return out
+
+
+def _places(x: Tensor, grid: TokenGrid) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens of the blocks of x [N, D] (index and filled [n_blocks, 64]) and which tokens [N] lie outside the grid."""
+    index, filled = (table.to(x.device) for table in tile_index(grid))
+    outside = torch.ones(x.shape[0], dtype=torch.bool, device=x.device)
+    outside[grid.start : grid.start + grid.tokens] = False
+    return index + grid.start, filled, outside
 
 
 def attend_group(q: Tensor, near: Tensor, blocks: Blocks, text: tuple[Tensor, Tensor, Tensor], tail: str,

@@ -18,31 +18,31 @@ def bin_of(octaves, BINS: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=SIZES)
-def total_kernel(sample_ptr, share_ptr, mean_k_ptr, log_mass_ptr, log_total_ptr, factor, n_blocks, far_stride, GROUP,
+def total_kernel(sample_ptr, share_ptr, mean_k_ptr, log_mass_ptr, log_total_ptr, factor, n_keys, n_queries, far_stride, GROUP,
                  DIM: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, SAMPLES: tl.constexpr, PRECISION: tl.constexpr):
     """log2 of the sum over all block means of n_b exp(scale q.k_b), less log2 of the share that a sample has in its block.
 
-    [heads, SAMPLES, blocks]. factor: scale * log2 e. Grid (blocks / QUERIES, heads).
+    [heads, SAMPLES, n_queries]. n_keys, n_queries: image blocks of keys and queries. factor: scale * log2 e. Grid (n_queries / QUERIES, heads).
     """
     lane = tl.program_id(1).to(tl.int64)
     kv_lane = lane // GROUP
     dim = tl.arange(0, DIM)
     row = tl.arange(0, SAMPLES * QUERIES)
     query = tl.program_id(0) * QUERIES + row % QUERIES
-    at = row // QUERIES * n_blocks + query
-    q = tl.load(sample_ptr + (lane * SAMPLES * n_blocks + at[:, None]) * DIM + dim[None, :], mask=(query < n_blocks)[:, None], other=0.0)
+    at = row // QUERIES * n_queries + query
+    q = tl.load(sample_ptr + (lane * SAMPLES * n_queries + at[:, None]) * DIM + dim[None, :], mask=(query < n_queries)[:, None], other=0.0)
     top = tl.full((SAMPLES * QUERIES,), -1.0e30, tl.float32)
     total = tl.zeros((SAMPLES * QUERIES,), tl.float32)
-    for first in range(0, n_blocks, KEYS):
+    for first in range(0, n_keys, KEYS):
         key = first + tl.arange(0, KEYS)
-        mean = tl.load(mean_k_ptr + (kv_lane * n_blocks + key[:, None]) * DIM + dim[None, :], mask=(key < n_blocks)[:, None], other=0.0)
-        log_mass = tl.load(log_mass_ptr + kv_lane * far_stride + key, mask=key < n_blocks, other=float("-inf"))
+        mean = tl.load(mean_k_ptr + (kv_lane * n_keys + key[:, None]) * DIM + dim[None, :], mask=(key < n_keys)[:, None], other=0.0)
+        log_mass = tl.load(log_mass_ptr + kv_lane * far_stride + key, mask=key < n_keys, other=float("-inf"))
         logit = tl.dot(q, tl.trans(mean), input_precision=PRECISION) * factor + log_mass[None, :]
         new_top = tl.maximum(top, tl.max(logit, 1))
         total = total * tl.exp2(top - new_top) + tl.sum(tl.exp2(logit - new_top[:, None]), 1)
         top = new_top
-    share = tl.load(share_ptr + at, mask=query < n_blocks, other=0.0)
-    tl.store(log_total_ptr + lane * SAMPLES * n_blocks + at, top + tl.log2(total) - tl.log2(share), mask=query < n_blocks)
+    share = tl.load(share_ptr + at, mask=query < n_queries, other=0.0)
+    tl.store(log_total_ptr + lane * SAMPLES * n_queries + at, top + tl.log2(total) - tl.log2(share), mask=query < n_queries)
 
 
 @triton.jit
@@ -52,41 +52,41 @@ def _mass(q, log_total, mean, log_mass, factor, PRECISION: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=SIZES)
-def score_kernel(sample_ptr, log_total_ptr, mean_k_ptr, log_mass_ptr, far_ptr, histogram_ptr, factor, n_blocks, far_stride, GROUP,
+def score_kernel(sample_ptr, log_total_ptr, mean_k_ptr, log_mass_ptr, far_ptr, histogram_ptr, factor, n_keys, n_queries, far_stride, GROUP,
                  DIM: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, STEPS: tl.constexpr, BINS: tl.constexpr,
                  PRECISION: tl.constexpr):
-    """log2 of the mean softmax mass over the four samples of a query block, over that of a flat softmax [heads, query blocks, key blocks].
+    """log2 of the mean softmax mass over the four samples of a query block, over that of a flat softmax [heads, n_queries, far_stride].
 
     Counts one tile of scores in STEPS in the head's histogram, whose last entry is the number of scores counted.
-    Grid (query blocks / QUERIES, key blocks / (KEYS STEPS), heads).
+    Grid (n_queries / QUERIES, n_keys / (KEYS STEPS), heads).
     """
     lane = tl.program_id(2).to(tl.int64)
     kv_lane = lane // GROUP
     dim = tl.arange(0, DIM)
     query = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
-    real = query < n_blocks
-    row = lane * 4 * n_blocks + query
+    real = query < n_queries
+    row = lane * 4 * n_queries + query
     sample = sample_ptr + row[:, None] * DIM + dim[None, :]
     q0 = tl.load(sample, mask=real[:, None], other=0.0)
-    q1 = tl.load(sample + n_blocks * DIM, mask=real[:, None], other=0.0)
-    q2 = tl.load(sample + 2 * n_blocks * DIM, mask=real[:, None], other=0.0)
-    q3 = tl.load(sample + 3 * n_blocks * DIM, mask=real[:, None], other=0.0)
+    q1 = tl.load(sample + n_queries * DIM, mask=real[:, None], other=0.0)
+    q2 = tl.load(sample + 2 * n_queries * DIM, mask=real[:, None], other=0.0)
+    q3 = tl.load(sample + 3 * n_queries * DIM, mask=real[:, None], other=0.0)
     total0 = tl.load(log_total_ptr + row, mask=real, other=0.0)
-    total1 = tl.load(log_total_ptr + row + n_blocks, mask=real, other=0.0)
-    total2 = tl.load(log_total_ptr + row + 2 * n_blocks, mask=real, other=0.0)
-    total3 = tl.load(log_total_ptr + row + 3 * n_blocks, mask=real, other=0.0)
+    total1 = tl.load(log_total_ptr + row + n_queries, mask=real, other=0.0)
+    total2 = tl.load(log_total_ptr + row + 2 * n_queries, mask=real, other=0.0)
+    total3 = tl.load(log_total_ptr + row + 3 * n_queries, mask=real, other=0.0)
     start = tl.program_id(1) * (KEYS * STEPS)
-    for first in range(start, tl.minimum(start + KEYS * STEPS, n_blocks), KEYS):
+    for first in range(start, tl.minimum(start + KEYS * STEPS, n_keys), KEYS):
         key = first + tl.arange(0, KEYS)
-        mean = tl.load(mean_k_ptr + (kv_lane * n_blocks + key[:, None]) * DIM + dim[None, :], mask=(key < n_blocks)[:, None], other=0.0)
-        log_mass = tl.load(log_mass_ptr + kv_lane * far_stride + key, mask=key < n_blocks, other=float("-inf"))
+        mean = tl.load(mean_k_ptr + (kv_lane * n_keys + key[:, None]) * DIM + dim[None, :], mask=(key < n_keys)[:, None], other=0.0)
+        log_mass = tl.load(log_mass_ptr + kv_lane * far_stride + key, mask=key < n_keys, other=float("-inf"))
         mass = _mass(q0, total0, mean, log_mass, factor, PRECISION)
         mass += _mass(q1, total1, mean, log_mass, factor, PRECISION)
         mass += _mass(q2, total2, mean, log_mass, factor, PRECISION)
         mass += _mass(q3, total3, mean, log_mass, factor, PRECISION)
-        octaves = tl.maximum(tl.log2(mass * n_blocks), -1.0e3)
-        valid = real[:, None] & (key < n_blocks)[None, :]
-        tl.store(far_ptr + (lane * n_blocks + query[:, None]) * far_stride + key[None, :], octaves, mask=valid)
+        octaves = tl.maximum(tl.log2(mass * n_keys), -1.0e3)
+        valid = real[:, None] & (key < n_keys)[None, :]
+        tl.store(far_ptr + (lane * n_queries + query[:, None]) * far_stride + key[None, :], octaves, mask=valid)
         if first == start:
             # What lies outside is counted in bin 0, where nothing depends on it.
             counts = tl.histogram(tl.reshape(tl.where(valid, bin_of(octaves, BINS), 0), (QUERIES * KEYS,)), BINS)
@@ -105,34 +105,37 @@ def threshold_bin(histogram, density, BINS: tl.constexpr):
 
 @triton.jit(do_not_specialize=SIZES)
 def select_kernel(far_ptr, histogram_ptr, log_mass_ptr, list_ptr, count_ptr, density, setting_ptr, always_ptr, n_blocks,
-                  n_image_blocks, far_stride, GROUP, QUERIES: tl.constexpr, KEYS: tl.constexpr, BINS: tl.constexpr, AIMED: tl.constexpr):
+                  n_image_blocks, n_query_blocks, n_query_image_blocks, far_stride, GROUP, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+                  BINS: tl.constexpr, AIMED: tl.constexpr, OWN: tl.constexpr):
     """Scores -> log2 masses of the far blocks of each query block, in place, -inf where a block is near or does not exist; and the near
     blocks of each query block as a list.
 
-    Near are the most massive bins of the head that hold at most the share `density` of the pairs that were counted, the query block itself
-    and its best block. AIMED: the density is that of the head's setting, and key blocks with `always` are near for every query (aim.py).
-    Queries outside the image see every block. Grid (blocks / QUERIES, heads).
+    Near are the most massive bins of the head that hold at most the share `density` of the pairs that were counted, its best block
+    and, with OWN, the query block itself. AIMED: the density is that of the head's setting, and key blocks with `always` are near for every
+    query (aim.py). Queries outside the image see every block. Grid (query blocks / QUERIES, heads).
     """
     lane = tl.program_id(1).to(tl.int64)
     kv_lane = lane // GROUP
     query = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
-    in_image = query < n_image_blocks
+    in_image = query < n_query_image_blocks
     if AIMED:
         density = tl.load(setting_ptr + lane * 4)
     threshold = threshold_bin(histogram_ptr + lane * (2 * BINS), density, BINS)
     best_score = tl.full((QUERIES,), -1.0e4, tl.float32)
     best = tl.zeros((QUERIES,), tl.int32)
-    out = list_ptr + (lane * n_blocks + query[:, None]) * n_blocks
+    out = list_ptr + (lane * n_query_blocks + query[:, None]) * n_blocks
     length = tl.zeros((QUERIES,), tl.int32)
     for first in range(0, tl.maximum(n_blocks, far_stride), KEYS):
         key = (first + tl.arange(0, KEYS))[None, :]
-        far_at = far_ptr + (lane * n_image_blocks + query[:, None]) * far_stride + key
+        far_at = far_ptr + (lane * n_query_image_blocks + query[:, None]) * far_stride + key
         octaves = tl.load(far_at, mask=in_image[:, None] & (key < n_image_blocks), other=-1.0e3)
         log_mass = tl.load(log_mass_ptr + kv_lane * far_stride + key, mask=key < n_image_blocks, other=float("-inf"))
         tile_best, tile_at = tl.max(octaves, 1, return_indices=True)
         best = tl.where(tile_best > best_score, first + tile_at, best)
         best_score = tl.maximum(best_score, tile_best)
-        near = (bin_of(octaves, BINS) >= threshold) | (key == query[:, None])
+        near = bin_of(octaves, BINS) >= threshold
+        if OWN:
+            near |= key == query[:, None]
         if AIMED:
             near |= tl.load(always_ptr + lane * n_image_blocks + key, mask=key < n_image_blocks, other=0) != 0
         near = (near & (log_mass > float("-inf"))) | (key >= n_image_blocks) | ~in_image[:, None]
@@ -140,12 +143,14 @@ def select_kernel(far_ptr, histogram_ptr, log_mass_ptr, list_ptr, count_ptr, den
         near = (near & (key < n_blocks)).to(tl.int32)
         place = length[:, None] + tl.cumsum(near, 1) - 1
         entry = tl.broadcast_to(key, (QUERIES, KEYS)).to(list_ptr.dtype.element_ty)
-        tl.store(out + place, entry, mask=(near > 0) & (query < n_blocks)[:, None])
+        tl.store(out + place, entry, mask=(near > 0) & (query < n_query_blocks)[:, None])
         length += tl.sum(near, 1)
-    missed = in_image & (best != query) & (bin_of(best_score, BINS) < threshold)
+    missed = in_image & (bin_of(best_score, BINS) < threshold)
+    if OWN:
+        missed = missed & (best != query)
     if AIMED:
         missed = missed & (tl.load(always_ptr + lane * n_image_blocks + best, mask=in_image, other=0) == 0)
-    tl.store(far_ptr + (lane * n_image_blocks + query) * far_stride + best, tl.full((QUERIES,), float("-inf"), tl.float32), mask=missed)
-    tl.store(list_ptr + (lane * n_blocks + query) * n_blocks + length, best.to(list_ptr.dtype.element_ty), mask=missed)
+    tl.store(far_ptr + (lane * n_query_image_blocks + query) * far_stride + best, tl.full((QUERIES,), float("-inf"), tl.float32), mask=missed)
+    tl.store(list_ptr + (lane * n_query_blocks + query) * n_blocks + length, best.to(list_ptr.dtype.element_ty), mask=missed)
     length += missed.to(tl.int32)
-    tl.store(count_ptr + lane * n_blocks + query, length, mask=query < n_blocks)
+    tl.store(count_ptr + lane * n_query_blocks + query, length, mask=query < n_query_blocks)
