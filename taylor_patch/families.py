@@ -25,7 +25,7 @@ class Family:
     """Where the block index comes from in ComfyUI 0.33; elsewhere calls are counted."""
     masks: str
     exact: str
-    """Calls that near_far leaves to exact attention, beside cross-attention."""
+    """Calls that near_far leaves to exact attention, beside cross-attention to few keys (a text)."""
 
 
 REFERENCES = ("ref_latents", "ref_latent", "image_cond")

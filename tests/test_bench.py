@@ -96,6 +96,12 @@ def test_the_router_takes_what_was_measured_here(monkeypatch):
     assert chosen() == "near_far" and calibration.measured(CPU) == {"near_far": 1000, "taylor_torch": None}
     few = taylor_patch.explain(q[:, :20], k[:, :20], v[:, :20], grid=(1, 32, 32))
     assert few.backend is None and any("too few heads (20) for 1024 tokens" in reason for reason in few.reasons)
+    wide = q.repeat(1, 1, 3, 1)  # 3072 queries
+    for n_kv, enough in ((2048, True), (400, False), (300, False)):
+        keys = torch.randn(1, 24, n_kv, 16)
+        choice = taylor_patch.explain(wide, keys, keys)
+        assert (choice.backend is not None) == enough
+        assert enough or ("too few keys (300)" if n_kv == 300 else "cross-attention with fewer keys") in "".join(choice.reasons)
     calibration.store(torch.device("meta"), {"near_far": 5})
     assert chosen() == "near_far"
     calibration.store(CPU, {"near_far": 2000})

@@ -59,6 +59,23 @@ def test_a_block_is_probed_once_a_sigma_bin_and_again_in_the_next_run(comfy, con
     assert probes == [(0, 0.9), (1, 0.9)]
 
 
+def test_cross_attention_is_probed_for_each_shape_and_meets_the_target(comfy, configure, probes):
+    configure(AUTO + "[backends.near_far]\nmin_keys = 200\n")
+    q, k, v = qkv(0.1)
+    found = []
+
+    def body(options):
+        for n_q in (TEXT + SIDE * SIDE, 600):
+            arguments = q[:, :n_q], k[:, TEXT:], v[:, TEXT:], HEADS  # to the image, whose grid is known
+            out = comfy.attention.optimized_attention(*arguments, transformer_options={**options, "block_index": 0})
+            exact = comfy.original(*arguments)
+            found.append(float((out - exact).norm() / exact.norm()))
+
+    comfy.sample(body, sigmas=(0.9, 0.8, 0.0), latent=(1, 16, 2 * SIDE, 2 * SIDE))
+    assert probes == [(0, 0.9), (0, 0.9)] and engines.current().last_run.calls == {"near_far": 4}
+    assert 0.001 < min(found) and max(found) < 0.1, found
+
+
 def test_the_records_have_the_density(comfy, configure):
     configure(AUTO)
     found = []

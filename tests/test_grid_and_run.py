@@ -9,7 +9,7 @@ import pytest
 
 from taylor_patch.call import TokenGrid
 from taylor_patch.families import layout
-from taylor_patch.grid import UNET_STRIDES, infer, patch_sizes
+from taylor_patch.grid import UNET_STRIDES, infer, infer_all, patch_sizes
 from taylor_patch.run import Evaluation, SamplingRun, current_evaluation, current_run, describe, evaluation, sampling_run
 
 P2 = ((1, 2, 2),)
@@ -48,6 +48,13 @@ def test_infer(case):
         assert found == expected and reason == ""
     else:
         assert found is None and expected in reason
+
+
+@pytest.mark.parametrize(("tokens", "expected"), [
+    (384, TokenGrid(1, 16, 24)), (394, None), (300, None), (4096, None),
+])
+def test_a_side_of_cross_attention_has_a_grid_where_it_is_the_image_and_nothing_else(tokens, expected):
+    assert infer_all(tokens, IMAGE, P2, layout("Flux", None), False, {}) == expected
 
 
 @pytest.mark.parametrize(("size", "expected"), [

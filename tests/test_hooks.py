@@ -11,6 +11,7 @@ from fake_comfy import AttentionTensorContainer
 
 import taylor_patch
 from taylor_patch import engine as engines
+from taylor_patch.call import TokenGrid
 from taylor_patch.run import current_evaluation, current_run
 
 HEADS, DIM, TOKENS, TEXT = 2, 16, 256, 8
@@ -493,3 +494,18 @@ def test_another_plugins_wrapper_is_no_unknown_contract(capsys):
     finally:
         taylor_patch.uninstall()
         host.remove()
+
+
+@pytest.mark.parametrize(("n_q", "n_kv", "grids"), [
+    (TOKENS, 2100, (TokenGrid(1, 16, 16), None)),  # the image to keys of unknown arrangement
+    (500, TOKENS, (None, TokenGrid(1, 16, 16))),  # other tokens to the image
+    (TOKENS + TEXT, 300, (None, None)),  # only where the image's tokens are all
+], ids=["image to others", "others to the image", "with a text"])
+def test_cross_attention_knows_the_grid_of_the_side_that_is_the_image(comfy, configure, monkeypatch, n_q, n_kv, grids):
+    configure(DENSE + "min_keys = 200\n")
+    seen, original = [], engines.engine().router.backends["near_far"].run
+    broken_backend(monkeypatch, lambda call: (seen.append((call.grid, call.key_grid)), original(call))[1])
+    q, k, v = qkv(n_q, kv_tokens=n_kv)
+    (out,) = comfy.sample(lambda o: comfy.attention.optimized_attention(q, k, v, HEADS, transformer_options=o))
+    assert seen == [grids] and last().calls == {"near_far": 1}
+    assert torch.allclose(out, comfy.original(q, k, v, HEADS), atol=1e-5)

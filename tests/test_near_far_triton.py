@@ -14,7 +14,7 @@ from hypothesis import strategies as st  # noqa: E402
 
 from taylor_patch.backends.near_far import NearFar, NearFarOptions, aim, op, plan, reference  # noqa: E402
 from taylor_patch.backends.near_far.layout import block_tokens  # noqa: E402
-from taylor_patch.backends.tiles import tile_index  # noqa: E402
+from taylor_patch.backends.tiles import grids, tile_index  # noqa: E402
 from taylor_patch.call import AttentionCall, TokenGrid  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -33,29 +33,46 @@ CASES = {
     "zeroth tail": (1, 1, 1, 4, (1, 16, 24), 0, 64, torch.float16, False, "zeroth"),
     "no tail": (1, 1, 1, 4, (1, 16, 24), 0, 64, torch.float16, False, "none"),
 }
+CROSS = {
+    # the same of the queries (grid None: a line), and the keys: their number in a line, or text before, grid and text after
+    "line to longer line, float32": ((1, 1, 1, 0, None, 131, 64, torch.float32, False, "cumulant"), 1091),
+    "image to shorter line, grouped heads": ((1, 4, 2, 5, (1, 21, 19), 2, 40, torch.float16, False, "cumulant"), 327),
+    "line to video, two masks": ((2, 2, 1, 0, None, 203, 128, torch.float16, True, "cumulant"), (9, (5, 9, 13), 3)),
+    "image to image, text beside both": ((2, 2, 2, 66, (1, 17, 23), 0, 96, torch.float16, True, "cumulant"), (0, (1, 31, 27), 70)),
+    "head_dim 256": ((1, 1, 1, 0, (1, 16, 12), 0, 256, torch.float16, False, "cumulant"), 1000),
+    "zeroth tail": ((1, 1, 1, 0, (1, 13, 9), 0, 64, torch.float16, False, "zeroth"), 777),
+    "no tail": ((1, 1, 1, 0, (1, 13, 9), 0, 64, torch.float16, False, "none"), 777),
+}
 
 
-def make_call(batch, heads, heads_kv, before, sides, after, head_dim, dtype, masked, *, contiguous=True, seed=0, sharpness=1.5):
-    """Random q, k, v of neighbouring likeness, with their grid and mask."""
+def make_call(batch, heads, heads_kv, before, sides, after, head_dim, dtype, masked, *, keys=None, contiguous=True, seed=0, sharpness=1.5):
+    """Random q, k, v of neighbouring likeness, with their grid and mask. keys: those of cross-attention, as CROSS has them; in a line of
+    queries `after` is their number."""
     gen = torch.Generator().manual_seed(seed)
-    grid = TokenGrid(*sides, before)
-    tokens = before + grid.tokens + after
+    line = isinstance(keys, int)
+    of_queries = (before, sides or (1, 1, after), after if sides else 0)
+    of_keys = of_queries if keys is None else (0, (1, 1, keys), 0) if line else keys
 
-    def random(count):
+    def random(count, before, sides, after):
+        tokens, apart = before + math.prod(sides) + after, 4 if sides[:2] != (1, 1) else 48
         x = torch.randn(batch, tokens, count, head_dim, generator=gen) * sharpness
-        low = F.interpolate(torch.randn(batch * count, head_dim, *(-(-side // 4) for side in sides), generator=gen), sides, mode="trilinear")
-        x[:, before : before + grid.tokens] += low.view(batch, count, head_dim, -1).permute(0, 3, 1, 2)
+        coarse = torch.randn(batch * count, head_dim, *(-(-side // apart) for side in sides), generator=gen)
+        low = F.interpolate(coarse, sides, mode="trilinear")
+        x[:, before : before + math.prod(sides)] += low.view(batch, count, head_dim, -1).permute(0, 3, 1, 2)
         x = x.to(dtype).to(DEVICE).transpose(1, 2)
         return x.contiguous() if contiguous else x
 
-    q, k, v = random(heads), random(heads_kv), random(heads_kv)
+    q, k, v = random(heads, *of_queries), random(heads_kv, *of_keys), random(heads_kv, *of_keys)
     mask = None
     if masked:
+        tokens = k.shape[2]
         mask = torch.zeros(batch, tokens)
         mask[:, ::7] = -0.5
         mask[-1, tokens // 3 : tokens // 2] = -torch.inf
         mask = mask.to(DEVICE)
-    return AttentionCall(q, k, v, scale=head_dim**-0.5, key_mask=mask, grid=grid)
+    known = sides is not None or q.shape[2] == k.shape[2]
+    return AttentionCall(q, k, v, scale=head_dim**-0.5, key_mask=mask, grid=TokenGrid(*of_queries[1], before) if known else None,
+                         key_grid=None if keys is None or line else TokenGrid(*keys[1], keys[0]))
 
 
 def plan_of(call, tma=False, aimed=False):
@@ -87,6 +104,12 @@ def run_round(call, density, tail, tma=False):
     return out, [near_blocks(sizes, space, head) for head in range(heads)]
 
 
+def places(call, bias=None):
+    """What reference.Head takes after q, k and v."""
+    grid, key_grid = grids(call)
+    return grid, bias, None if call.self_attention else key_grid
+
+
 def oracle(call, near, density, tail):
     """float64, with the near blocks that the kernels chose."""
     batch, heads = call.q.shape[:2]
@@ -95,8 +118,8 @@ def oracle(call, near, density, tail):
         bias = None if call.key_mask is None else call.key_mask[b % call.key_mask.shape[0]].double()
         for h in range(heads):
             kv = h * call.k.shape[1] // heads
-            head = reference.Head(call.q[b, h].double() * call.scale, call.k[b, kv].double(), call.v[b, kv].double(), call.grid, bias)
-            out[b, h] = head.attend(near[b * heads + h], tail)
+            q, k, v = call.q[b, h].double() * call.scale, call.k[b, kv].double(), call.v[b, kv].double()
+            out[b, h] = reference.Head(q, k, v, *places(call, bias)).attend(near[b * heads + h], tail)
     return out
 
 
@@ -116,9 +139,9 @@ def rounding(call):
     return error(exact(call, call.q.dtype), exact(call, torch.float64))
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-def test_equals_the_plain_version(case):
-    call = make_call(*case[:-1])
+@pytest.mark.parametrize(("case", "keys"), [*((case, None) for case in CASES.values()), *CROSS.values()], ids=[*CASES, *CROSS])
+def test_equals_the_plain_version(case, keys):
+    call = make_call(*case[:-1], keys=keys)
     before = [x.clone() for x in (call.q, call.k, call.v)]
     out, near = run_round(call, 0.3, case[-1])
     assert not all(bool(x.all()) for x in near)
@@ -142,8 +165,17 @@ def test_density_one_is_exact_attention(masked):
     assert error(out, exact(call, torch.float64)) <= 1.5 * rounding(call)
 
 
-def test_rounds_of_few_heads_give_the_same(monkeypatch):
-    call = make_call(2, 4, 2, 3, (1, 9, 14), 0, 40, torch.float16, True)
+@pytest.mark.parametrize("n_kv", [61, 700])
+@pytest.mark.parametrize("masked", [False, True], ids=["no mask", "two masks"])
+def test_density_one_is_exact_cross_attention(masked, n_kv):
+    call = make_call(2, 2, 1, 3, (1, 9, 14), 7, 64, torch.float16, masked, keys=n_kv, contiguous=False)
+    out, _ = run_round(call, 1.0, "cumulant")
+    assert error(out, exact(call, torch.float64)) <= 1.5 * rounding(call)
+
+
+@pytest.mark.parametrize("keys", [None, 333], ids=["self", "cross"])
+def test_rounds_of_few_heads_give_the_same(monkeypatch, keys):
+    call = make_call(2, 4, 2, 3, (1, 9, 14), 0, 40, torch.float16, True, keys=keys)
     whole = op.attend(call, 0.3)
     monkeypatch.setattr(plan, "WORKSPACE_LIMIT", 1)
     plan.make.cache_clear()
@@ -157,6 +189,26 @@ def test_rounds_of_few_heads_give_the_same(monkeypatch):
 @settings(max_examples=8, deadline=None, derandomize=True)
 def test_any_shape(t, h, w, before, after, head_dim, masked, contiguous, density):
     call = make_call(1, 1, 1, before, (t, h, w), after, head_dim, torch.float32, masked, contiguous=contiguous, seed=t * h * w)
+    out, near = run_round(call, density, "cumulant")
+    assert bool(out.isfinite().all())
+    assert error(out, oracle(call, near, density, "cumulant")) < 1e-5
+
+
+@given(st.integers(1, 400), st.integers(1, 900), st.integers(1, 3), st.booleans(), st.booleans(), st.floats(0.01, 1.0))
+@settings(max_examples=8, deadline=None, derandomize=True)
+def test_any_numbers_of_queries_and_keys(n_q, n_kv, group, masked, contiguous, density):
+    call = make_call(1, group, 1, 0, None, n_q, 16, torch.float32, masked and n_kv > 2, keys=n_kv, contiguous=contiguous, seed=n_q * n_kv)
+    out, near = run_round(call, density, "cumulant")
+    assert n_q == n_kv or not plan_of(call).own
+    assert bool(out.isfinite().all())
+    assert error(out, oracle(call, near, density, "cumulant")) < 1e-5
+
+
+@given(st.integers(1, 4), st.integers(1, 9), st.integers(1, 9), st.integers(0, 70), st.integers(0, 9), st.integers(1, 12), st.integers(1, 12),
+       st.integers(0, 70), st.booleans(), st.floats(0.01, 1.0))
+@settings(max_examples=8, deadline=None, derandomize=True)
+def test_any_two_grids(t, h, w, before, after, key_h, key_w, key_after, masked, density):
+    call = make_call(1, 1, 1, before, (t, h, w), after, 16, torch.float32, masked, keys=(2, (1, key_h, key_w), key_after + 1), seed=t * h * w)
     out, near = run_round(call, density, "cumulant")
     assert bool(out.isfinite().all())
     assert error(out, oracle(call, near, density, "cumulant")) < 1e-5
@@ -205,17 +257,19 @@ def test_tile_order_is_that_of_tile_index(grid):
     assert torch.equal(token.cpu()[filled].long(), index[filled] + grid.start)
 
 
-def test_near_blocks_are_the_most_massive():
-    call = make_call(1, 1, 1, 0, (1, 48, 56), 0, 16, torch.float32, False)
+@pytest.mark.parametrize("keys", [None, 3001, 900], ids=["self", "more keys", "fewer keys"])
+def test_near_blocks_are_the_most_massive(keys):
+    call = make_call(1, 1, 1, 0, (1, 48, 56), 0, 16, torch.float32, False, keys=keys)
     sizes = plan_of(call)
     space = poisoned(sizes)
     op.prepare(sizes, space, call.q, call.k, call.v, None, 0, 1)
     op.score(sizes, space, 1, call.scale)
     op.select(sizes, space, 1, 0.1)
     near = near_blocks(sizes, space, 0)
-    wanted = reference.route(reference.Head(call.q[0, 0] * call.scale, call.k[0, 0], call.v[0, 0], call.grid), 0.1)
+    wanted = reference.route(reference.Head(call.q[0, 0] * call.scale, call.k[0, 0], call.v[0, 0], *places(call)), 0.1)
     assert abs(int(near.sum()) - int(wanted.sum())) <= 0.05 * int(wanted.sum())
     assert int((near & wanted).sum()) >= 0.95 * int(wanted.sum())
+    assert bool(near.any(1).all())
     counts, lists = space["count"][0, 0], space["list"][0, 0].long()
     for row in range(near.shape[0]):
         assert sorted(lists[row, : counts[row]].tolist()) == near[row].nonzero().flatten().tolist()
@@ -238,18 +292,21 @@ def aimed(call, target, tma=False):
     return out, settled, sums, near
 
 
-PROBED = {"image, text first": (0.3, 1, 2, 1, 5, (1, 40, 48), 0, 64, torch.float32, False),
-          "ragged video, text last": (0.15, 1, 1, 1, 0, (5, 10, 19), 9, 40, torch.float32, False),
-          "two masks": (0.31, 2, 1, 1, 3, (1, 32, 36), 0, 32, torch.float32, True)}
+PROBED = {"image, text first": (None, 0.3, 1, 2, 1, 5, (1, 40, 48), 0, 64, torch.float32, False),
+          "ragged video, text last": (None, 0.15, 1, 1, 1, 0, (5, 10, 19), 9, 40, torch.float32, False),
+          "two masks": (None, 0.31, 2, 1, 1, 3, (1, 32, 36), 0, 32, torch.float32, True),
+          "line to line": (2003, 0.25, 1, 2, 1, 0, None, 611, 40, torch.float32, False),
+          "image to line, two masks": (1301, 0.2, 2, 1, 1, 3, (1, 32, 36), 0, 32, torch.float32, True),
+          "line to image and text": ((7, (1, 40, 44), 5), 0.4, 1, 1, 1, 0, None, 1400, 64, torch.float32, False)}
 
 
 @pytest.mark.parametrize("case", PROBED.values(), ids=PROBED.keys())
 def test_probe_equals_the_plain_version(case):
-    target, *shape = case
-    call = make_call(*shape, sharpness=0.8)
+    keys, target, *shape = case
+    call = make_call(*shape, keys=keys, sharpness=0.8)
     out, settled, sums, near = aimed(call, target)
-    assert torch.allclose(settled.setting, aim.choose(sums, target), rtol=1e-4)
-    wide = AttentionCall(call.q.double(), call.k.double(), call.v.double(), call.scale, call.key_mask, grid=call.grid, target_error=target)
+    assert torch.allclose(settled.setting, aim.choose(sums, target, plan_of(call).between), rtol=1e-4)
+    wide = dataclasses.replace(call, q=call.q.double(), k=call.k.double(), v=call.v.double(), target_error=target)
     _, plain = reference.attend_aimed(wide, None)
     assert torch.equal(settled.always, plain.always)
     # Kernel and plain version cut the scores at slightly different places (a histogram), so the densities only nearly agree.
@@ -260,14 +317,14 @@ def test_probe_equals_the_plain_version(case):
         b, h = divmod(number, heads)
         kv = h * call.k.shape[1] // heads
         bias = None if call.key_mask is None else call.key_mask[b].double()
-        head = reference.Head(wide.q[b, h] * call.scale, wide.k[b, kv], wide.v[b, kv], call.grid, bias)
+        head = reference.Head(wide.q[b, h] * call.scale, wide.k[b, kv], wide.v[b, kv], *places(call, bias))
         _, factor, linear, _ = settled.setting[number].tolist()
         expected = head.attend(near[number], "cumulant", factor, linear)
         assert error(out[b, h], expected) < 1e-5
         share = float(near[number].float().mean())
-        # Each query's own block, its best one and the sinks come on top of the density.
-        density, blocks = float(settled.setting[number, 0]), near[number].shape[0]
-        most = density + 2 / blocks + float(settled.always[number].float().mean())
+        # Each query's own block, its best one, the sinks and blocks that the mask hides come on top of the density.
+        density, blocks = float(settled.setting[number, 0]), near[number].shape[1]
+        most = density + 2 / blocks + float((settled.always[number].bool().to(DEVICE) | head.blocks.log_mass.isneginf()).float().mean())
         assert 0.8 * density - 0.02 <= share <= most + 0.03
 
 
@@ -291,26 +348,30 @@ def test_what_cannot_meet_the_target_is_exact():
     assert error(out, exact(call, torch.float64)) < 1e-5
 
 
-def test_operator_passes_the_checks_of_torch():
-    call = make_call(1, 1, 1, 0, (1, 8, 16), 0, 16, torch.float32, False)
-    arguments = (call.q, call.k, call.v, None, [1, 8, 16, 0], [1, 8, 16, 0], call.scale, 0.5, "cumulant", 0.0)
+@pytest.mark.parametrize("n_kv", [128, 200])
+def test_operator_passes_the_checks_of_torch(n_kv):
+    call = make_call(1, 1, 1, 0, (1, 8, 16), 0, 16, torch.float32, False, keys=n_kv)
+    of_keys = [1, 8, 16, 0] if n_kv == 128 else [1, 1, n_kv, 0]
+    arguments = (call.q, call.k, call.v, None, [1, 8, 16, 0], of_keys, call.scale, 0.5, "cumulant", 0.0)
     torch.library.opcheck(op.near_far, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 @gpu
 @needs_gpu
+@pytest.mark.parametrize("keys", [None, 9_001, 2_100], ids=["self", "more keys", "fewer keys"])
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_bfloat16_on_the_gpu(head_dim):
-    call = make_call(1, 4, 4, 77, (1, 64, 56), 0, head_dim, torch.bfloat16, False)
+def test_bfloat16_on_the_gpu(head_dim, keys):
+    call = make_call(1, 4, 4, 77, (1, 64, 56), 0, head_dim, torch.bfloat16, False, keys=keys)
     out, near = run_round(call, 0.1, "cumulant", TMA)
     assert error(out, oracle(call, near, 0.1, "cumulant")) <= 1.5 * rounding(call)
 
 
 @gpu
 @needs_gpu
+@pytest.mark.parametrize("keys", [None, 40_000, 4_096], ids=["self", "more keys", "fewer keys"])
 @pytest.mark.parametrize("density", [0.1, "auto"])
-def test_memory_is_as_stated_and_the_host_never_waits(density):
-    call = make_call(1, 8, 8, 0, (1, 128, 128), 0, 128, torch.bfloat16, False)
+def test_memory_is_as_stated_and_the_host_never_waits(density, keys):
+    call = make_call(1, 8, 8, 0, (1, 128, 128), 0, 128, torch.bfloat16, False, keys=keys)
     backend = NearFar(NearFarOptions(density=density))
     backend.run(call)  # compiles
     torch.cuda.synchronize()

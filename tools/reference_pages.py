@@ -68,7 +68,7 @@ def families_page() -> str:
     where = {"apart": "cross-attention only", "before": "before the image", "after": "after the image"}
     lines = ["# Model families", "", "Made from `taylor_patch/families.py` by `python -m tools.reference_pages`. What was run:",
              "[Compatibility](../compatibility.md).", "",
-             "| family | text tokens | patch | block index | masks | exact besides cross-attention |", "|---|---|---|---|---|---|"]
+             "| family | text tokens | patch | block index | masks | exact besides cross-attention to few keys |", "|---|---|---|---|---|---|"]
     lines += [f"| {row.title} | {where[row.text]} | {row.patch} | {row.keys} | {row.masks} | {row.exact} |" for row in families.FAMILIES]
     return "\n".join([*lines, "", FAMILIES_NOTE])
 

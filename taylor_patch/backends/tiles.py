@@ -24,10 +24,15 @@ def grids(call: AttentionCall) -> tuple[TokenGrid, TokenGrid]:
     return call.grid or TokenGrid(1, 1, call.q.shape[2]), call.key_grid or TokenGrid(1, 1, call.k.shape[2])
 
 
+def is_line(grid: TokenGrid) -> bool:
+    """Whether the tokens are in a single row, as those of unknown arrangement are taken to be."""
+    return grid.t == grid.h == 1
+
+
 def tile_shape(grid: TokenGrid) -> tuple[int, int, int]:
     """8 x 8 for images, 4 x 4 x 4 for video, 2 x 4 x 8 for two or three frames, 64 in a row for a line of tokens."""
     if grid.t == 1:
-        return (1, 1, 64) if grid.h == 1 else (1, 8, 8)
+        return (1, 1, 64) if is_line(grid) else (1, 8, 8)
     return (4, 4, 4) if grid.t >= 4 else (2, 4, 8)
 
 

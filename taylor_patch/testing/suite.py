@@ -317,9 +317,10 @@ class Conformance:
         self.both_ways(backend, self.call(backend, heads=4, kv_heads=2), backend.gqa, "grouped-query attention")
 
     def test_cross_attention(self, backend: Backend) -> None:
-        """Another number of keys than queries: right, or refused where cross_attention is False."""
-        does = backend.cross_attention and not backend.needs_grid
-        self.both_ways(backend, self.call(backend, n_kv=117 + -117 % self.subject.keys_multiple_of), does, "cross-attention")
+        """Fewer and more keys than queries, no grid: right, or refused where cross_attention is False."""
+        for n_kv in (117, 261):
+            call = self.call(backend, n_kv=n_kv + -n_kv % self.subject.keys_multiple_of)
+            self.both_ways(backend, call, backend.cross_attention, "cross-attention")
 
     def test_without_a_grid(self, backend: Backend) -> None:
         """Where the token grid is not known: right, or refused where needs_grid is True."""

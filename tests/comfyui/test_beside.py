@@ -58,7 +58,7 @@ def running(tmp_path_factory, checkout, patched_python):
 
 
 # 3 steps: 3 blocks of Flux; 2 blocks of Wan with cross-attention in each.
-OURS = {"flux": "near_far 9, ", "wan": "exact 6, near_far 6 (exact because: near_far: cross-attention: 6)"}
+OURS = {"flux": "near_far 9, ", "wan": "exact 6, near_far 6 (exact because: near_far: cross-attention with fewer keys than min_keys = 2048: 6)"}
 
 
 @pytest.mark.parametrize("family", OURS)

@@ -17,7 +17,8 @@ from taylor_patch.errors import TaylorPatchError
 from .conftest import latent, our_lines, starter, workflow
 
 STEPS = 2
-CROSS, SMALL = "near_far: cross-attention", "fewer tokens than min_tokens = 64"
+CROSS = "near_far: cross-attention with fewer keys than min_keys = 2048"
+SMALL = "fewer tokens than min_tokens = 64"
 ROWS, REFERENCE = "near_far: mask depends on the query row", "near_far: reference image tokens"
 FULL = "the model asked for full precision"
 BESIDE = {"latent": ["1", 3]}

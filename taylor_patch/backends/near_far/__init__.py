@@ -29,7 +29,7 @@ class NearFarOptions:
 
     min_tokens: int = 100
     min_keys: int = 2048
-    """Of cross-attention: 32 blocks. The terms that all blocks share cost a query block about as much as two to four exact ones."""
+    """Least keys of cross-attention (docs/adr/0011)."""
     density: float | Literal["auto"] = "auto"
     tail: Literal["cumulant", "zeroth", "none"] = "cumulant"
 

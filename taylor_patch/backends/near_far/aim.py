@@ -2,7 +2,8 @@
 
 64 query rows, each from another block, are computed exactly and with each density of DENSITIES. That gives the error of every density
 on these rows, and the best factors of the second-order and the linear term for it. The density is then interpolated to where the
-error meets MARGIN times the target. Key blocks that take more than SINK_SHARE of the softmax, and SINK_TIMES what they would in a flat
+error meets MARGIN times the target; for keys in a line, where the error may fall steeply between two densities, the higher of the two is taken.
+Key blocks that take more than SINK_SHARE of the softmax, and SINK_TIMES what they would in a flat
 one, in more than SINK_ROWS of the rows (attention sinks) are exact for every query.
 
 This is the plain version, for one head; probing.py has the same in Triton. A setting is four float32: density (1: exact throughout),
@@ -85,9 +86,10 @@ def sink_share(image_blocks: int) -> float:
     return max(SINK_SHARE, SINK_TIMES / image_blocks)
 
 
-def settle_head(q: Tensor, blocks: Blocks, filled: Tensor, text: tuple[Tensor, Tensor, Tensor], own: bool, target: float) -> Settled:
+def settle_head(q: Tensor, blocks: Blocks, filled: Tensor, text: tuple[Tensor, Tensor, Tensor], own: bool, between: bool,
+                target: float) -> Settled:
     """What is settled for one head: setting [4], always [key blocks]. q [query blocks, 64, D] times scale; text: k, v, bias outside the
-    image; own: as near_blocks has it."""
+    image; own: as near_blocks has it; between: as choose has it."""
     block, place = probe_rows(q.shape[0], q.device)
     rows, real = q[block, place], filled[block, place]
     mass = masses(q, filled, blocks)
@@ -99,7 +101,7 @@ def settle_head(q: Tensor, blocks: Blocks, filled: Tensor, text: tuple[Tensor, T
     near = [near_blocks(mass, density, blocks, own)[block] | always for density in DENSITIES]
     sums = torch.stack([torch.stack([_sums(rows, share @ values, seen, factor, logits, values, blocks)[real].sum(0) for factor in FACTORS])
                         for seen in near])
-    return Settled(choose(sums, target), always.to(torch.int8))
+    return Settled(choose(sums, target, between), always.to(torch.int8))
 
 
 def _sums(rows: Tensor, exact: Tensor, near: Tensor, factor: float, logits: Tensor, values: Tensor, blocks: Blocks) -> Tensor:
@@ -113,9 +115,10 @@ def _sums(rows: Tensor, exact: Tensor, near: Tensor, factor: float, logits: Tens
     return torch.stack([missing.square().sum(1), (missing * linear).sum(1), linear.square().sum(1), exact.square().sum(1)], 1)
 
 
-def choose(sums: Tensor, target: float) -> Tensor:
+def choose(sums: Tensor, target: float, between: bool) -> Tensor:
     """setting [..., 4] from the sums [..., DENSITIES, FACTORS, 4] of a probe: the least density whose error meets the target, the
-    factors that suit it, and the error expected. Sums that are not finite, or no density that does, give exact attention."""
+    factors that suit it, and the error expected. between: a density between two of those tried may be taken. Sums that are not finite, or
+    no density that does, give exact attention."""
     tiny, goal = torch.finfo(sums.dtype).tiny, MARGIN * target
     missing, both, linear, exact = sums.unbind(-1)
     scale = (both / linear.clamp_min(tiny)).clamp(*LINEAR)
@@ -128,10 +131,11 @@ def choose(sums: Tensor, target: float) -> Tensor:
     before = (first - 1).clamp_min(0)
     density = torch.tensor(DENSITIES, dtype=sums.dtype, device=sums.device)
     here, previous = error.gather(-1, first), error.gather(-1, before)
-    # Error falls with density as a power between two densities; the least one is not gone below.
+    # In tiles error falls with density as a power between two densities; the least one is not gone below.
+    inner = (first > 0) & between
     part = (previous / goal).log() / (previous / here.clamp_min(1e-3 * goal)).log()
-    part = torch.where((first > 0) & previous.isfinite(), part, torch.ones_like(part))
+    part = torch.where(inner & previous.isfinite(), part, torch.ones_like(part))
     low, high = density[before], density[first]
     found = torch.cat([low * (high / low) ** part, factor.gather(-1, first), scale.gather(-1, first),
-                       torch.where(first > 0, torch.full_like(here, goal), here)], -1)
+                       torch.where(inner, torch.full_like(here, goal), here)], -1)
     return torch.where(meets.any(-1, keepdim=True), found, torch.tensor([1.0, 1.0, 1.0, 0.0], dtype=sums.dtype, device=sums.device))

@@ -189,7 +189,7 @@ def probe(plan: plans.Plan, space: dict[str, Tensor], q: Tensor, first: int, lan
         first * plan.group, plan.heads, plan.group, keys.image_blocks, queries.image_blocks, plan.far_stride, splits, *queries.geometry,
         *where, 32, *places, plans.BINS, plan.own, _precision(plan), num_warps=8, num_stages=1)
     choose_kernel[(heads,)](space["sums"], densities, factors, settled.setting, goal, len(aim.DENSITIES), len(aim.FACTORS), *aim.LINEAR,
-                            num_warps=1)
+                            plan.between, num_warps=1)
 
 
 def select(plan: plans.Plan, space: dict[str, Tensor], lanes: int, density: float, settled: Settled | None = None) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from taylor_patch.backends.near_far import aim
-from taylor_patch.backends.tiles import BLOCK, grids, tile_shape
+from taylor_patch.backends.tiles import BLOCK, grids, is_line, tile_shape
 from taylor_patch.call import AttentionCall, TokenGrid
 
 WORKSPACE_LIMIT = 960 * 2**20
@@ -109,6 +109,11 @@ class Plan:
     def own(self) -> bool:
         """Whether queries and keys lie in the same blocks, so that each block of queries has one of its own among the keys."""
         return self.queries == self.keys
+
+    @cached_property
+    def between(self) -> bool:
+        """Whether a density between two of those that were tried may be taken (aim.choose)."""
+        return not is_line(self.keys.grid)
 
     @cached_property
     def group(self) -> int:

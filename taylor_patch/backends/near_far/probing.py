@@ -46,7 +46,8 @@ def probe_kernel(q_ptr, stride_qb, stride_qh, stride_qn, stride_qd, k_ptr, v_ptr
                  numerator_ptr, top_ptr, mass_ptr, block_mass_ptr, scale, first_head, n_heads, GROUP, n_blocks, n_image_blocks,
                  n_query_image_blocks, far_stride, blocks_each, GRID_T, GRID_H, GRID_W, START, OUTSIDE, TILE_T: tl.constexpr,
                  TILE_H: tl.constexpr, TILE_W: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, PLACE_FIRST: tl.constexpr,
-                 PLACE_STEP: tl.constexpr, BINS: tl.constexpr, BIASED: tl.constexpr, EXACT: tl.constexpr, OWN: tl.constexpr, PRECISION: tl.constexpr):
+                 PLACE_STEP: tl.constexpr, BINS: tl.constexpr, BIASED: tl.constexpr, EXACT: tl.constexpr, OWN: tl.constexpr,
+                 PRECISION: tl.constexpr):
     """Near field of the 64 rows over one share of the key blocks, for each density; with EXACT over all of them.
 
     Unnormalised sums [heads, densities (1 with EXACT), splits, 64, DIM], their tops (log2) and masses [..., 64]; with EXACT also
@@ -207,7 +208,7 @@ def tail_kernel(q_ptr, stride_qb, stride_qh, stride_qn, stride_qd, mean_k_ptr, m
 
 @triton.jit
 def choose_kernel(sums_ptr, density_ptr, factor_ptr, setting_ptr, goal, DENSITIES: tl.constexpr, FACTORS: tl.constexpr,
-                  LEAST: tl.constexpr, MOST: tl.constexpr):
+                  LEAST: tl.constexpr, MOST: tl.constexpr, BETWEEN: tl.constexpr):
     """aim.choose: setting [heads, 4] from sums [heads, DENSITIES, FACTORS, 4]. goal: the error to meet. Grid (heads,)."""
     lane = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, DENSITIES)
@@ -230,11 +231,12 @@ def choose_kernel(sums_ptr, density_ptr, factor_ptr, setting_ptr, goal, DENSITIE
     high = tl.load(density_ptr + tl.minimum(first, DENSITIES - 1))
     low = tl.load(density_ptr + tl.maximum(first - 1, 0))
     part = tl.log2(previous / goal) / tl.log2(previous / tl.maximum(here, 1e-3 * goal))
-    part = tl.where((first > 0) & (previous < float("inf")), part, 1.0)
+    inner = (first > 0) & BETWEEN
+    part = tl.where(inner & (previous < float("inf")), part, 1.0)
     density = tl.exp2(tl.log2(low) + part * (tl.log2(high) - tl.log2(low)))
     density = tl.where(first > 0, density, high)
     out = setting_ptr + lane * 4
     tl.store(out, tl.where(found, density, 1.0))
     tl.store(out + 1, tl.where(found, tl.sum(tl.where(c == first, factor, 0.0), 0), 1.0))
     tl.store(out + 2, tl.where(found, tl.sum(tl.where(c == first, scale, 0.0), 0), 1.0))
-    tl.store(out + 3, tl.where(found, tl.where(first > 0, goal, here), 0.0))
+    tl.store(out + 3, tl.where(found, tl.where(inner, goal, here), 0.0))

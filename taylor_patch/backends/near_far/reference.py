@@ -19,7 +19,7 @@ from torch import Tensor
 
 from taylor_patch.backends.near_far.aim import Settled, settle_head
 from taylor_patch.backends.near_far.blocks import ROUTING_SAMPLES, Blocks, gather_blocks, masses, near_blocks, tail_logits
-from taylor_patch.backends.tiles import BLOCK, grids, tile_index
+from taylor_patch.backends.tiles import BLOCK, grids, is_line, tile_index
 from taylor_patch.call import AttentionCall, TokenGrid
 
 QUERY_BLOCKS_AT_ONCE = 8
@@ -47,8 +47,10 @@ def attend_aimed(call: AttentionCall, settled: Settled | None) -> tuple[Tensor, 
     found: list[Settled] = []
 
     def run(number: int, head: Head) -> Tensor:
-        own = settle_head(head.q_blocks, head.blocks, head.filled, head.text, head.own, call.target_error) if settled is None else \
-            Settled(settled.setting[number], settled.always[number])
+        if settled is None:
+            own = settle_head(head.q_blocks, head.blocks, head.filled, head.text, head.own, head.between, call.target_error)
+        else:
+            own = Settled(settled.setting[number], settled.always[number])
         found.append(own)
         density, factor, linear, _ = own.setting.tolist()
         return head.attend(route(head, density) | own.always.bool() & head.blocks.log_mass.isfinite(), "cumulant", factor, linear)
@@ -86,7 +88,7 @@ class Head:
         dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
         self.q, self.k, self.v = q.to(dtype), k.to(dtype), v.to(dtype)
         self.bias = torch.zeros_like(self.k[:, 0]) if bias is None else bias.to(dtype)
-        self.own = key_grid is None
+        self.own, self.between = key_grid is None, not is_line(key_grid or grid)
         self.index, self.filled, self.outside = _places(self.q, grid)
         index, filled, outside = (self.index, self.filled, self.outside) if key_grid is None else _places(self.k, key_grid)
         self.blocks = gather_blocks(self.k, self.v, self.bias, index, filled)
