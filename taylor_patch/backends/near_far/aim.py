@@ -1,13 +1,13 @@
 """Error-aimed density: how many exact blocks a head needs for a wanted error, from 64 of its rows.
 
 64 query rows, each from another block, are computed exactly and with each density of DENSITIES. That gives the error of every density
-on these rows, and the best factors of the second-order and the linear term for it. The density is then interpolated to where the
+on these rows, and the best factors of the second-order term and of the value terms for it. The density is then interpolated to where the
 error meets MARGIN times the target; for keys in a line, where the error may fall steeply between two densities, the higher of the two is taken.
 Key blocks that take more than SINK_SHARE of the softmax, and SINK_TIMES what they would in a flat
 one, in more than SINK_ROWS of the rows (attention sinks) are exact for every query.
 
 This is the plain version, for one head; probing.py has the same in Triton. A setting is four float32: density (1: exact throughout),
-factor of the second-order term, factor of the linear term, error expected (relative L2).
+factor of the second-order term, factor of the value terms, error expected (relative L2).
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from taylor_patch.backends.near_far.blocks import Blocks, masses, near_blocks, tail_logits
+from taylor_patch.backends.near_far.blocks import Blocks, masses, near_blocks, tail_logits, value_terms
 from taylor_patch.backends.tiles import BLOCK
 
 DENSITIES = (0.04, 0.1, 0.22, 0.5)
 FACTORS = (0.7, 0.85, 1.0, 1.2)
 """Factors of the second-order term that are tried."""
 LINEAR = (0.75, 1.25)
-"""Bounds of the factor of the linear term."""
+"""Bounds of the factor of the value terms."""
 ROWS = 64
 MARGIN = 0.75
 """The error of a head may be above that of its 64 rows; with this margin nine heads in ten meet the target (docs/accuracy.md)."""
@@ -105,12 +105,12 @@ def settle_head(q: Tensor, blocks: Blocks, filled: Tensor, text: tuple[Tensor, T
 
 
 def _sums(rows: Tensor, exact: Tensor, near: Tensor, factor: float, logits: Tensor, values: Tensor, blocks: Blocks) -> Tensor:
-    """[ROWS, 4]: r.r, r.b, b.b and exact.exact; b is the linear term of each row, r what is missing without it."""
+    """[ROWS, 4]: r.r, r.b, b.b and exact.exact; b is what the value terms give to each row, r what is missing without it."""
     far = tail_logits(rows, blocks, factor).masked_fill(near, -torch.inf)
     hidden = ~near.repeat_interleave(BLOCK, 1)
     near_logits = torch.cat([logits[:, : hidden.shape[1]].masked_fill(hidden, -torch.inf), logits[:, hidden.shape[1] :]], 1)
     near_share, far_share = torch.softmax(torch.cat([near_logits, far], 1), 1).split([logits.shape[1], far.shape[1]], 1)
-    linear = far_share.sum(1, keepdim=True) * (rows @ blocks.cov_kv)
+    linear = far_share.sum(1, keepdim=True) * value_terms(rows, blocks)
     missing = exact - near_share @ values - far_share @ blocks.mean_v
     return torch.stack([missing.square().sum(1), (missing * linear).sum(1), linear.square().sum(1), exact.square().sum(1)], 1)
 

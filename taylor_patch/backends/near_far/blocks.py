@@ -7,6 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+RANK, ROUNDS, LEAST = 8, 4, 1e-12
+"""Directions of the second-order value term; rounds of the iteration that finds them, and the square of the length, in units of the mean
+trace, up to which a direction is none."""
 ROUTING_SAMPLES = 4
 """Sub-means of a query block that vote on its near blocks."""
 
@@ -24,6 +27,8 @@ class Blocks:
     spread: Tensor  # [n_blocks]: t_b
     cov_kk: Tensor  # [D, D]: S_w
     cov_kv: Tensor  # [D, D]: C_w
+    directions: Tensor  # [D, 8]: U
+    third: Tensor  # [64, D]: T, pooled mean of (U'(k - k_b)) (U'(k - k_b))' (v - v_b)
 
 
 def gather_blocks(k: Tensor, v: Tensor, bias: Tensor, index: Tensor, filled: Tensor) -> Blocks:
@@ -39,8 +44,33 @@ def gather_blocks(k: Tensor, v: Tensor, bias: Tensor, index: Tensor, filled: Ten
     weighted = (dk * (weight / total)[..., None]).flatten(0, 1)
     trace = (share * dk.square().sum(-1)).sum(1)
     mean_trace = (trace * mass).sum() / total
-    return Blocks(kb, vb, log_weight, mean_k, mean_v, mass.log(), trace / mean_trace.clamp_min(torch.finfo(k.dtype).tiny),
-                  weighted.T @ dk.flatten(0, 1), weighted.T @ dv.flatten(0, 1))
+    mean_trace = mean_trace.clamp_min(torch.finfo(k.dtype).tiny)
+    cov_kk = weighted.T @ dk.flatten(0, 1)
+    directions = leading_directions(cov_kk / mean_trace)
+    third = squares(dk.flatten(0, 1) @ directions).T @ (dv * (weight / total)[..., None]).flatten(0, 1)
+    return Blocks(kb, vb, log_weight, mean_k, mean_v, mass.log(), trace / mean_trace, cov_kk, weighted.T @ dv.flatten(0, 1), directions, third)
+
+
+def leading_directions(covariance: Tensor) -> Tensor:
+    """About the RANK leading eigenvectors [D, RANK] of a covariance [D, D] of trace 1; zeros beyond its rank.
+
+    A few rounds of orthogonal iteration from a fixed start, the same on every device; any basis of about their span will do.
+    """
+    place = torch.arange(1, covariance.shape[0] + 1, device=covariance.device)[:, None]
+    number = torch.arange(RANK, device=covariance.device)
+    columns = ((place * place * (2 * number + 1) + place * (5 * number + 13)) % 61 - 30).to(covariance.dtype) / 61
+    for _ in range(ROUNDS):
+        columns = covariance @ columns
+        for i in range(RANK):
+            square = columns[:, i].square().sum()
+            column = columns[:, i] * torch.where(square > LEAST, square.clamp_min(LEAST).rsqrt(), 0.0)
+            columns = torch.cat([columns[:, :i], column[:, None], columns[:, i + 1 :] - column[:, None] * (column @ columns[:, i + 1 :])], 1)
+    return columns
+
+
+def squares(w: Tensor) -> Tensor:
+    """w [..., RANK] -> all products of two of a row [..., RANK^2]."""
+    return (w[..., :, None] * w[..., None, :]).flatten(-2)
 
 
 def masses(q_blocks: Tensor, filled: Tensor, blocks: Blocks) -> Tensor:
@@ -71,3 +101,8 @@ def near_blocks(mass: Tensor, density: float, blocks: Blocks, own: bool) -> Tens
 def tail_logits(q: Tensor, blocks: Blocks, factor: float = 1.0) -> Tensor:
     """Logits [..., n_blocks] of block means with the second-order term times `factor`; q [..., D] times scale."""
     return q @ blocks.mean_k.T + blocks.log_mass + (0.5 * factor) * ((q @ blocks.cov_kk) * q).sum(-1, keepdim=True) * blocks.spread
+
+
+def value_terms(q: Tensor, blocks: Blocks) -> Tensor:
+    """What a far block's value has beyond its mean [..., D]: C_w' q + 1/2 (U'q)' T (U'q); q [..., D] times scale."""
+    return q @ blocks.cov_kv + 0.5 * squares(q @ blocks.directions) @ blocks.third

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from taylor_patch.backends.near_far.layout import SIZES, block_tokens
+from taylor_patch.backends.near_far.second_order import query_squares
 
 CUMULANT = tl.constexpr(2)
 ZEROTH = tl.constexpr(1)
@@ -25,19 +26,19 @@ def _rows(x, base, first, n, DIM: tl.constexpr, ROWS: tl.constexpr, TMA: tl.cons
 
 @triton.jit(do_not_specialize=SIZES)
 def attend_kernel(q_ptr, stride_qb, stride_qh, stride_qn, stride_qd, out_ptr, stride_ob, stride_oh, stride_on, stride_od,
-                  k, v, bias_ptr, mean_k, mean_v, trace_ptr, centre_ptr, covariance, column_scale_ptr, far_ptr, list_ptr, count_ptr,
+                  k, v, bias_ptr, mean_k, mean_v, trace_ptr, centre_ptr, covariance, column_scale_ptr, directions_ptr, third_ptr, third_scale_ptr, far_ptr, list_ptr, count_ptr,
                   setting_ptr, scale, first_head, n_heads, GROUP, n_blocks, n_image_blocks, n_query_blocks, n_query_image_blocks, far_stride,
                   GRID_T, GRID_H, GRID_W, START, OUTSIDE, TILE_T: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
                   D: tl.constexpr, DIM: tl.constexpr, FAR: tl.constexpr, BIASED: tl.constexpr, TAIL: tl.constexpr, AIMED: tl.constexpr,
                   TMA: tl.constexpr, PRECISION: tl.constexpr):
     """softmax(scale q k' + bias) v, with the keys of far block b replaced by
 
-        weight n_b exp(scale q.k_b + 1/2 t_b scale^2 q' S_w q)  and  value v_b + scale C_w' q.
+        weight n_b exp(scale q.k_b + 1/2 t_b scale^2 q' S_w q)  and  value v_b + scale C_w' q + 1/2 scale^2 (U'q)' T (U'q).
 
     k, v [lanes * blocks * 64, DIM], mean_k, mean_v [lanes * image blocks, DIM], covariance [lanes * 2 DIM, DIM]: pointers or descriptors.
     far [heads, image blocks of the queries, far_stride]: log2 of n_b, or -inf where a block is exact or does not exist; list [heads, query
     blocks, blocks] and count [heads, query blocks] say which are exact. GRID and TILE are those of the queries. AIMED: setting [heads, 4]
-    holds factors of the second-order term and of the linear one at places 1 and 2 (aim.py). Logits are in units of log2; sums are float32.
+    holds factors of the second-order term and of the value's terms at places 1 and 2 (aim.py). Logits are in units of log2; sums are float32.
     Grid (query blocks, query heads of the round); queries outside the image come first, because they take longest.
     """
     query = n_query_blocks - 1 - tl.program_id(0)
@@ -110,7 +111,12 @@ def attend_kernel(q_ptr, stride_qb, stride_qh, stride_qn, stride_qd, out_ptr, st
         total *= tl.where(column_scale > 0, 1.0 / column_scale, 1.0)[None, :]
         linear = _rows(covariance, kv_lane * (2 * DIM) + DIM + late, 0, DIM, DIM, DIM, TMA, True)
         total = tl.dot((q.to(tl.float32) * (share * scale)[:, None]).to(q.dtype), linear, total, input_precision=PRECISION)
-        total *= tl.where(column_scale > 0, column_scale, 1.0)[None, :]
+        third_scale = tl.load(third_scale_ptr + kv_lane * DIM + late + dim)
+        third_scale = tl.where(third_scale > 0, third_scale, 1.0)
+        total *= (tl.where(column_scale > 0, column_scale, 1.0) / third_scale)[None, :]
+        square = query_squares(q, directions_ptr + kv_lane * (16 * DIM) + late, scale, DIM, PRECISION) * (0.5 * share)[:, None]
+        third = tl.load(third_ptr + (kv_lane * 64 + late + tl.arange(0, 64)[:, None]) * DIM + dim[None, :])
+        total = tl.dot(square.to(q.dtype), third, total, input_precision=PRECISION) * third_scale[None, :]
     token, filled = block_tokens(query + late, place, n_query_image_blocks, GRID_T, GRID_H, GRID_W, START, OUTSIDE, TILE_T, TILE_H, TILE_W)
     out = out_ptr + batch * stride_ob + head * stride_oh + token.to(tl.int64)[:, None] * stride_on + dim[None, :] * stride_od
     tl.store(out, total.to(out_ptr.dtype.element_ty), mask=filled[:, None] & (dim[None, :] < D))

@@ -9,13 +9,14 @@ import torch
 import triton
 from torch import Tensor
 
-from taylor_patch.backends.near_far import aim
+from taylor_patch.backends.near_far import aim, blocks
 from taylor_patch.backends.near_far import plan as plans
 from taylor_patch.backends.near_far.aim import Settled
 from taylor_patch.backends.near_far.kernel import attend_kernel
 from taylor_patch.backends.near_far.prepare import covariance_kernel, gather_kernel, pool_kernel
 from taylor_patch.backends.near_far.probing import choose_kernel, probe_kernel, sink_kernel, tail_kernel
 from taylor_patch.backends.near_far.routing import score_kernel, select_kernel, total_kernel
+from taylor_patch.backends.near_far.second_order import directions_kernel, third_kernel, third_pool_kernel
 from taylor_patch.backends.tiles import grids
 from taylor_patch.call import AttentionCall, TokenGrid
 
@@ -139,6 +140,14 @@ def prepare(plan: plans.Plan, space: dict[str, Tensor], q: Tensor, k: Tensor, v:
         num_stages=1 if wide else 3 if plan.tiles.tma else 2)
     pool_kernel[(plan.dim // 16, 2, lanes)](space["partial_covariance"], space["partial_mass"], space["covariance"], space["column_scale"],
                                             plan.splits, plan.dim, 16)
+    directions_kernel[(lanes,)](space["covariance"], space["column_scale"], space["directions"], plan.dim, blocks.ROUNDS, blocks.LEAST,
+                                _precision(plan), num_warps=8, num_stages=1)
+    third_kernel[(plan.dim // columns, plan.splits, lanes)](
+        space["k"], space["v"], space["bias"], space["precise_k"], space["precise_v"], space["log_mass"], space["trace"], space["directions"],
+        space["partial_third"], -(-keys.image_blocks // plan.splits), keys.blocks, keys.image_blocks, plan.far_stride, plan.dim, columns,
+        plan.biased, _precision(plan), num_warps=8 if wide else 4, num_stages=1 if wide else 2)
+    third_pool_kernel[(plan.dim // 16, lanes)](space["partial_third"], space["partial_mass"], space["third"], space["third_scale"], plan.splits,
+                                               plan.dim, 16)
 
 
 def score(plan: plans.Plan, space: dict[str, Tensor], lanes: int, scale: float) -> None:
@@ -184,7 +193,8 @@ def probe(plan: plans.Plan, space: dict[str, Tensor], q: Tensor, first: int, lan
                 keys.image_blocks, queries.image_blocks, splits, *queries.geometry, *places, aim.SINK_ROWS)
     tail_kernel[(len(aim.FACTORS), len(aim.DENSITIES), heads)](
         q, *q.stride(), space["mean_k"], space["mean_v"], space["log_mass"], space["trace"], space["centre"], space["covariance"],
-        space["column_scale"], space["far"], space["histogram"], settled.always, densities, factors, space["exact_numerator"],
+        space["column_scale"], space["directions"], space["third"], space["third_scale"], space["far"], space["histogram"], settled.always,
+        densities, factors, space["exact_numerator"],
         space["exact_top"], space["exact_mass"], space["near_numerator"], space["near_top"], space["near_mass"], space["sums"], scale,
         first * plan.group, plan.heads, plan.group, keys.image_blocks, queries.image_blocks, plan.far_stride, splits, *queries.geometry,
         *where, 32, *places, plans.BINS, plan.own, _precision(plan), num_warps=8, num_stages=1)
@@ -214,7 +224,7 @@ def attend_round(plan: plans.Plan, space: dict[str, Tensor], q: Tensor, out: Ten
         covariance = TensorDescriptor.from_tensor(covariance, [plan.dim, plan.dim])
     attend_kernel[(queries.blocks, lanes * plan.group)](
         q, *q.stride(), out, *out.stride(), k, v, space["bias"], mean_k, mean_v, space["trace"], space["centre"], covariance,
-        space["column_scale"], space["far"], space["list"], space["count"],
+        space["column_scale"], space["directions"], space["third"], space["third_scale"], space["far"], space["list"], space["count"],
         space["column_scale"] if settled is None else settled.setting, scale, first * plan.group, plan.heads, plan.group, keys.blocks,
         keys.image_blocks, queries.blocks, queries.image_blocks, plan.far_stride, *queries.geometry, plan.head_dim, plan.dim, tiles.far,
         plan.biased, TAILS[tail], settled is not None, tma, _precision(plan), num_warps=tiles.warps, num_stages=tiles.stages,

@@ -193,6 +193,10 @@ class Plan:
         yield "column_scale", (2 * dim,), full
         yield "partial_covariance", (splits, 2 * dim, dim), full
         yield "partial_mass", (splits, 2), full
+        yield "directions", (16, dim), half
+        yield "third", (BLOCK, dim), half
+        yield "third_scale", (dim,), full
+        yield "partial_third", (splits, BLOCK, dim), full
         yield "sample", (self.group, ROUTING_SAMPLES, queries.image_blocks, dim), half
         yield "sample_share", (ROUTING_SAMPLES, queries.image_blocks), full
         yield "log_total", (self.group, ROUTING_SAMPLES, queries.image_blocks), full

@@ -7,6 +7,7 @@ import triton.language as tl
 
 from taylor_patch.backends.near_far.layout import SIZES, block_tokens
 from taylor_patch.backends.near_far.routing import bin_of, threshold_bin
+from taylor_patch.backends.near_far.second_order import query_squares
 
 
 @triton.jit
@@ -144,7 +145,7 @@ def sink_kernel(top_ptr, mass_ptr, block_mass_ptr, always_ptr, least_share, n_im
 
 @triton.jit(do_not_specialize=SIZES)
 def tail_kernel(q_ptr, stride_qb, stride_qh, stride_qn, stride_qd, mean_k_ptr, mean_v_ptr, log_mass_ptr, trace_ptr, centre_ptr,
-                covariance_ptr, column_scale_ptr, far_ptr, histogram_ptr, always_ptr, density_ptr, factor_ptr, exact_numerator_ptr,
+                covariance_ptr, column_scale_ptr, directions_ptr, third_ptr, third_scale_ptr, far_ptr, histogram_ptr, always_ptr, density_ptr, factor_ptr, exact_numerator_ptr,
                 exact_top_ptr, exact_mass_ptr, numerator_ptr, top_ptr, mass_ptr, sums_ptr, scale, first_head, n_heads, GROUP, n_image_blocks,
                 n_query_image_blocks, far_stride, n_splits, GRID_T, GRID_H, GRID_W, START, OUTSIDE, TILE_T: tl.constexpr, TILE_H: tl.constexpr,
                 TILE_W: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, FAR: tl.constexpr, PLACE_FIRST: tl.constexpr,
@@ -192,10 +193,12 @@ def tail_kernel(q_ptr, stride_qb, stride_qh, stride_qn, stride_qd, mean_k_ptr, m
         top = new_top
     rows += DIM
     covariance = tl.load(covariance_ptr + rows[:, None] * DIM + dim[None, :])
-    share = tail / mass * scale
-    linear = tl.dot(q, covariance, input_precision=PRECISION) * tl.load(column_scale_ptr + kv_lane * (2 * DIM) + DIM + dim)[None, :]
+    linear = tl.dot(q, covariance, input_precision=PRECISION) * (tl.load(column_scale_ptr + kv_lane * (2 * DIM) + DIM + dim) * scale)[None, :]
+    square = query_squares(q, directions_ptr + kv_lane * (16 * DIM), scale, DIM, PRECISION)
+    third = tl.load(third_ptr + (kv_lane * 64 + tl.arange(0, 64)[:, None]) * DIM + dim[None, :])
+    linear += tl.dot(square.to(q.dtype), third, input_precision=PRECISION) * (0.5 * tl.load(third_scale_ptr + kv_lane * DIM + dim))[None, :]
     real = filled.to(tl.float32)[:, None]
-    linear = linear * share[:, None] * real
+    linear = linear * (tail / mass)[:, None] * real
     exact, _, exact_mass = _merged(exact_numerator_ptr, exact_top_ptr, exact_mass_ptr, lane * n_splits, n_splits, DIM)
     exact = exact / exact_mass[:, None] * real
     missing = exact - total / mass[:, None] * real

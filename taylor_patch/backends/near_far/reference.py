@@ -3,9 +3,10 @@
 Keys lie in blocks of 64 neighbours. A query block sees its important blocks exactly; every other block b is expanded
 around its mean. With n_b keys, mean k_b and v_b, and q already times scale:
 
-    weight = n_b exp(q.k_b + 1/2 t_b q' S_w q),    value = v_b + C_w' q
+    weight = n_b exp(q.k_b + 1/2 t_b q' S_w q),    value = v_b + C_w' q + 1/2 (U'q)' T (U'q)
 
-S_w = mean within-block covariance of k, C_w = that of (k, v), t_b = tr(S_b) / mean tr(S_b). Tokens outside the image
+S_w = mean within-block covariance of k, C_w = that of (k, v), t_b = tr(S_b) / mean tr(S_b), U = the 8 leading directions of S_w, T = mean
+within-block third moment of (U'k, U'k, v). Tokens outside the image
 (text, conditioning) are always exact, as keys and as queries. No N x N tensor is formed. In cross-attention queries and keys have blocks
 of their own (tiles.grids).
 """
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from taylor_patch.backends.near_far.aim import Settled, settle_head
-from taylor_patch.backends.near_far.blocks import ROUTING_SAMPLES, Blocks, gather_blocks, masses, near_blocks, tail_logits
+from taylor_patch.backends.near_far.blocks import ROUTING_SAMPLES, Blocks, gather_blocks, masses, near_blocks, tail_logits, value_terms
 from taylor_patch.backends.tiles import BLOCK, grids, is_line, tile_index
 from taylor_patch.call import AttentionCall, TokenGrid
 
@@ -96,7 +97,7 @@ class Head:
         self.text = (self.k[outside], self.v[outside], self.bias[outside])
 
     def attend(self, near: Tensor, tail: str = "cumulant", factor: float = 1.0, linear: float = 1.0) -> Tensor:
-        """[N_q, D] with the near blocks [query blocks, key blocks]; factors of the second-order and the linear term."""
+        """[N_q, D] with the near blocks [query blocks, key blocks]; factors of the second-order term and of the value terms."""
         out = torch.empty_like(self.q)
         out[self.outside] = torch.softmax(self.q[self.outside] @ self.k.T + self.bias, -1) @ self.v
         # Query blocks with about as many near blocks go together, so that little of the gathered keys is padding.
@@ -133,5 +134,5 @@ def attend_group(q: Tensor, near: Tensor, blocks: Blocks, text: tuple[Tensor, Te
     if tail != "none":
         out = out + parts[2] @ blocks.mean_v
     if tail == "cumulant":
-        out = out + linear * parts[2].sum(-1, keepdim=True) * (q @ blocks.cov_kv)
+        out = out + linear * parts[2].sum(-1, keepdim=True) * value_terms(q, blocks)
     return out
