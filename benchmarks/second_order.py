@@ -1,4 +1,4 @@
-"""Whether a second-order term of the far field's value pays, on trained attention: `python -m benchmarks.second_order`.
+"""What the second-order term of the far field's value is worth, on trained attention: `python -m benchmarks.second_order`.
 
 To second order in q the value of a far block is v_b + C_w' q + 1/2 E[(v - v_b) (q.(k - k_b))^2]. The term is not to be centred: v - v_b
 has mean zero in every block, so a constant taken from the square changes nothing. Pooled over blocks and restricted to the leading
@@ -7,7 +7,8 @@ directions U of S_w it is 1/2 (U'q)' T (U'q), T [D] symmetric matrices. Plain Py
 
 fixed: relative L2 error over heads at a density, with the factors at 1 or fitted by the probe's 64 rows. aimed: what the probe settles
 on for a target, and the error it gives. Factor of the term: "one"; "linear", that of the linear term; "free", fitted as a third.
-directions: "S_w", its eigenvectors; "qS_w", those that matter most for the queries; rank 0 is without the term, "all" without U.
+directions: "S_w", its eigenvectors; "near_far", those that near_far finds; "qS_w", those that matter most for the queries; rank 0 is
+without the term, "all" without U.
 One JSON line per measurement is appended to FILE.
 """
 
@@ -35,8 +36,8 @@ from taylor_patch.call import TokenGrid
 PICTURE = 17
 DENSITIES = (0.05, 0.1, 0.2)
 TARGETS = (0.02, 0.03, 0.05)
-VARIANTS = ((0, "S_w", "one"), *((8, "S_w", how) for how in ("one", "linear", "free")), (8, "qS_w", "one"), (8, "qS_w", "free"),
-            (16, "S_w", "one"), ("all", "", "one"), ("all", "", "free"))
+VARIANTS = ((0, "S_w", "one"), *((8, "S_w", how) for how in ("one", "linear", "free")), (8, "near_far", "linear"), (8, "qS_w", "linear"),
+            (16, "S_w", "linear"), ("all", "", "linear"))
 QUADRATIC = (0.5, 1.5)
 """Bounds of the factor of the term where it is free."""
 Variant = tuple[int | str, str, str]
@@ -44,7 +45,7 @@ Variant = tuple[int | str, str, str]
 
 @dataclass(frozen=True)
 class Rows:
-    """Some query rows of one head, exactly, and what their far field is made of. The second-order value term has no tail mass yet."""
+    """Some query rows of one head, exactly, and what their far field is made of; the second-order value term is without the tail's mass."""
 
     q: Tensor  # [R, D] times scale
     block: Tensor  # [R]
@@ -56,6 +57,8 @@ class Rows:
 
 def directions(head: Head, rank: int, kind: str) -> tuple[Tensor, Tensor]:
     """(A, B) [D, rank]: q.d is about (A'q).(B'd)."""
+    if kind == "near_far":
+        return head.blocks.directions, head.blocks.directions
     spread, vectors = torch.linalg.eigh(head.blocks.cov_kk.double())
     if kind == "S_w":
         top = vectors[:, -rank:].to(head.q.dtype)
@@ -179,30 +182,32 @@ def measure(size: int, stride: int, steps: int) -> Iterator[dict[str, Any]]:
             def add(key: tuple[Any, ...], variant: Variant, made: tuple[Tensor, Tensor, Tensor], a: float, b: float, rows: Rows = rows) -> None:
                 missing, tail, linear = made
                 second = tail * rows.second.get(variant[:2], torch.zeros_like(rows.q))
-                errors[*key, variant].append(error(products(missing, linear, second, rows.exact), a, b))
+                errors[(*key, variant)].append(error(products(missing, linear, second, rows.exact), a, b))
 
             for density in DENSITIES:
-                near = near_blocks(mass, density, head.blocks)
+                near = near_blocks(mass, density, head.blocks, True)
                 made = {1.0: parts(head, rows, near, 1.0)}
                 for variant in VARIANTS:
-                    if variant[2] == "one":
+                    if variant[2] != "free" and variant != (8, "S_w", "one"):  # with factors at 1, "one" and "linear" are the same
                         add(("fixed", density, False), variant, made[1.0], 1.0, 1.0)
                 for variant, (_, factor, a, b) in best(head, probe, near, VARIANTS).items():
                     made.setdefault(factor, parts(head, rows, near, factor))
                     add(("fixed", density, True), variant, made[factor], a, b)
-            near = [near_blocks(mass, density, head.blocks) | always for density in aim.DENSITIES]
+            near = [near_blocks(mass, density, head.blocks, True) | always for density in aim.DENSITIES]
             for target in TARGETS:
                 for variant, (density, factor, a, b) in settled(head, probe, near, target).items():
                     densities[target, variant].append(density)
                     if density == 1:
                         errors["aimed", target, True, variant].append(0.0)
                     else:
-                        add(("aimed", target, True), variant, parts(head, rows, near_blocks(mass, density, head.blocks) | always, factor), a, b)
+                        seen = near_blocks(mass, density, head.blocks, True) | always
+                        add(("aimed", target, True), variant, parts(head, rows, seen, factor), a, b)
     for (what, value, fitted, variant), found in sorted(errors.items(), key=str):
         rank, kind, how = variant
         x = torch.tensor(found, dtype=torch.float64)
         row = {"what": what, "density" if what == "fixed" else "target": value, "fitted": fitted, "rank": rank, "directions": kind,
-               "factor": how, "size": size, "steps": steps, "stride": stride, "tokens": grid.tokens + 16, "rel_l2_median": round(float(x.median()), 6),
+               "factor": how, "size": size, "steps": steps, "stride": stride, "tokens": grid.tokens + 16,
+               "rel_l2_median": round(float(x.median()), 6),
                "rel_l2_mean": round(float(x.mean()), 6), "rel_l2_p90": round(float(x.quantile(0.9)), 6),
                "rel_l2_max": round(float(x.max()), 6), "heads": len(found)}
         if what == "aimed":

@@ -20,8 +20,9 @@ def members(grid, tokens):
     return block_of, [(block_of == b).nonzero().flatten() for b in range(index.shape[0])]
 
 
-def dense(q, k, v, grid, near, key_grid=None):
-    """q times scale, all [N, D] float64; near [query blocks, key blocks]: every query against every key and block mean, in N x N."""
+def dense(q, k, v, grid, near, directions, key_grid=None):
+    """q times scale, all [N, D] float64; near [query blocks, key blocks]; directions [D, 8]: every query against every key and block mean,
+    in N x N."""
     query_block, _ = members(grid, q.shape[0])
     block_of, blocks = members(key_grid or grid, k.shape[0])
     mean_k, mean_v = (torch.stack([x[m].mean(0) for m in blocks]) for x in (k, v))
@@ -30,15 +31,18 @@ def dense(q, k, v, grid, near, key_grid=None):
     trace = torch.tensor([((k[m] - k[m].mean(0)) ** 2).sum() / len(m) for m in blocks], dtype=torch.float64)
     counts = torch.tensor([len(m) for m in blocks], dtype=torch.float64)
     spread = trace / ((trace * counts).sum() / n)
+    third = sum(torch.einsum("na,nb,nd->abd", (k[m] - k[m].mean(0)) @ directions, (k[m] - k[m].mean(0)) @ directions, v[m] - v[m].mean(0))
+                for m in blocks) / n
     out = torch.empty_like(q)
     for i in range(q.shape[0]):
         own = query_block[i]
+        w = q[i] @ directions
         seen = torch.ones(k.shape[0], dtype=torch.bool) if own < 0 else (block_of < 0) | near[own][block_of.clamp_min(0)]
         weight = (q[i] @ k.T).exp() * seen
         numerator, mass = weight @ v, weight.sum()
         if own >= 0:
             far = (counts * (mean_k @ q[i] + 0.5 * spread * (q[i] @ cov[0] @ q[i])).exp()) * ~near[own]
-            numerator = numerator + far @ (mean_v + q[i] @ cov[1])
+            numerator = numerator + far @ (mean_v + q[i] @ cov[1] + 0.5 * torch.einsum("a,b,abd->d", w, w, third))
             mass = mass + far.sum()
         out[i] = numerator / mass
     return out
@@ -58,7 +62,7 @@ def test_equals_the_dense_oracle(grid, head_dim):
     near = reference.route(head, 0.3)
     assert not near.all()
     out = head.attend(near)
-    expected = dense(q, k, v, grid, near)
+    expected = dense(q, k, v, grid, near, head.blocks.directions)
     assert (out - expected).norm() / expected.norm() < 1e-12
 
 
@@ -78,7 +82,7 @@ def test_cross_attention_equals_the_dense_oracle(case):
     head = reference.Head(q, k, v, of_queries, None, of_keys)
     near = reference.route(head, 0.3)
     assert near.shape == (len(members(of_queries, n_q)[1]), len(members(of_keys, n_kv)[1])) and not near.all()
-    expected = dense(q, k, v, of_queries, near, of_keys)
+    expected = dense(q, k, v, of_queries, near, head.blocks.directions, of_keys)
     assert (head.attend(near) - expected).norm() / expected.norm() < 1e-12
     assert torch.equal(reference.attend(call, 0.3)[0, 0], head.attend(near))
 

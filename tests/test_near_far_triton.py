@@ -238,6 +238,52 @@ def test_hostile_inputs(kind):
     assert float((out - expected).norm()) <= 2e-3 * float(expected.norm())
 
 
+def curve(call, offset=0.0):
+    """Keys that differ in few directions within a block, and values that are a square of one of them plus `offset`: all second-order."""
+    call.q[:] *= 0.5
+    call.k[..., 3:] *= 0.1
+    gen = torch.Generator().manual_seed(7)
+    call.v[:] = (call.k[..., :1].double() ** 2 * torch.randn(call.v.shape[-1], generator=gen).to(DEVICE) + offset).to(call.v.dtype)
+    return call
+
+
+CURVED = {"float32, ragged": ((1, 1, 1, 5, (1, 13, 19), 0, 40, torch.float32, False), 0.0),
+          "float32, values far from 0": ((1, 1, 1, 5, (1, 16, 16), 0, 64, torch.float32, False), 50.0),
+          "masks, grouped heads": ((2, 4, 2, 3, (1, 16, 20), 5, 64, torch.float16, True), 0.0),
+          "head_dim 128": ((1, 2, 1, 0, (1, 15, 16), 0, 128, torch.float16, False), 0.0)}
+
+
+def without_third(call, near):
+    """The plain version less the second-order value term."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reference, "value_terms", lambda q, blocks: q @ blocks.cov_kv)
+        return oracle(call, near, 0.1, "cumulant")
+
+
+@pytest.mark.parametrize("case", CURVED.values(), ids=CURVED.keys())
+def test_second_order_of_the_value_equals_the_plain_version(case):
+    call = curve(make_call(*case[0], sharpness=1.0), case[1])
+    out, near = run_round(call, 0.1, "cumulant")
+    expected = oracle(call, near, 0.1, "cumulant")
+    allowed = 1.5 * rounding(call) if call.q.dtype == torch.float16 else 1e-5
+    assert error(out, expected) <= allowed
+    assert error(without_third(call, near), expected) > 5 * allowed  # or this would show nothing
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_directions_of_few_dimensions(rank):
+    call = make_call(1, 1, 1, 3, (1, 16, 16), 0, 64, torch.float32, False)
+    call.k[..., rank:] = 0
+    sizes = plan_of(call)
+    space = poisoned(sizes)
+    op.prepare(sizes, space, call.q, call.k, call.v, None, 0, 1)
+    plain = reference.Head(call.q[0, 0].double(), call.k[0, 0].double(), call.v[0, 0].double(), call.grid).blocks
+    found = space["directions"][0].double()
+    assert torch.allclose(found[:8].T, plain.directions, atol=1e-4) and not bool(found[rank:].any())
+    third = space["third"][0].double() * space["third_scale"][0].double()
+    assert torch.allclose(third, plain.third, rtol=1e-3, atol=1e-4 * float(plain.third.abs().max()))
+
+
 @pytest.mark.parametrize("grid", [TokenGrid(1, 20, 28, 3), TokenGrid(1, 13, 9), TokenGrid(6, 9, 13, 2), TokenGrid(2, 7, 9)], ids=str)
 def test_tile_order_is_that_of_tile_index(grid):
     @triton.jit
@@ -326,6 +372,20 @@ def test_probe_equals_the_plain_version(case):
         density, blocks = float(settled.setting[number, 0]), near[number].shape[1]
         most = density + 2 / blocks + float((settled.always[number].bool().to(DEVICE) | head.blocks.log_mass.isneginf()).float().mean())
         assert 0.8 * density - 0.02 <= share <= most + 0.03
+
+
+def test_probe_sees_the_second_order_of_the_value():
+    call = curve(make_call(1, 2, 1, 5, (1, 40, 48), 0, 64, torch.float32, False, sharpness=0.8))
+    call.q[:] *= 3
+    out, settled, _, _ = aimed(call, 0.1)
+    wide = AttentionCall(call.q.double(), call.k.double(), call.v.double(), call.scale, grid=call.grid, target_error=0.1)
+    _, plain = reference.attend_aimed(wide, None)
+    assert torch.allclose(settled.setting.double(), plain.setting.double(), rtol=0.1, atol=0.005)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(aim, "value_terms", lambda q, blocks: q @ blocks.cov_kv)
+        _, without = reference.attend_aimed(wide, None)
+    assert bool((without.setting[:, 3] > 2 * settled.setting[:, 3]).all())  # the error expected
+    assert error(out, exact(call, torch.float64)) < 0.1
 
 
 def test_sinks_are_near_for_every_query():

@@ -145,7 +145,8 @@ def sink_kernel(top_ptr, mass_ptr, block_mass_ptr, always_ptr, least_share, n_im
 
 @triton.jit(do_not_specialize=SIZES)
 def tail_kernel(q_ptr, stride_qb, stride_qh, stride_qn, stride_qd, mean_k_ptr, mean_v_ptr, log_mass_ptr, trace_ptr, centre_ptr,
-                covariance_ptr, column_scale_ptr, directions_ptr, third_ptr, third_scale_ptr, far_ptr, histogram_ptr, always_ptr, density_ptr, factor_ptr, exact_numerator_ptr,
+                covariance_ptr, column_scale_ptr, directions_ptr, third_ptr, third_scale_ptr, far_ptr, histogram_ptr, always_ptr, density_ptr,
+                factor_ptr, exact_numerator_ptr,
                 exact_top_ptr, exact_mass_ptr, numerator_ptr, top_ptr, mass_ptr, sums_ptr, scale, first_head, n_heads, GROUP, n_image_blocks,
                 n_query_image_blocks, far_stride, n_splits, GRID_T, GRID_H, GRID_W, START, OUTSIDE, TILE_T: tl.constexpr, TILE_H: tl.constexpr,
                 TILE_W: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, FAR: tl.constexpr, PLACE_FIRST: tl.constexpr,
