@@ -19,7 +19,7 @@ from torch import Tensor
 
 from taylor_patch import cache, guard, plugins
 from taylor_patch import config as configuration
-from taylor_patch.backends.base import Backend, Fallback, is_finite
+from taylor_patch.backends.base import Backend, Fallback, not_finite
 from taylor_patch.call import AttentionCall
 from taylor_patch.errors import ConfigError, said
 from taylor_patch.memory import Workspaces, predict
@@ -232,8 +232,8 @@ class Engine:
             denominators, observed = backend.denominators(), backend.observed(call)
             problem = check_form(out, call)
             if problem is None:
-                finite = is_finite(out)
-                if (evaluation is None or not checks_later(out.device)) and not bool(finite):
+                strange = not_finite(out)
+                if (evaluation is None or not checks_later(out.device)) and bool(strange):
                     problem = NOT_FINITE
         except Fallback as reason:
             tally.exact(f"{backend.name}: {reason}")
@@ -245,7 +245,7 @@ class Engine:
             problem = "out of memory" if out_of_memory else said(error)
         finally:
             if evaluation is not None and before is not None:
-                evaluation.checks.append(Check(*key, WROTE_INPUTS, same(before, checksums(call))))
+                evaluation.checks.append(Check(*key, WROTE_INPUTS, ~same(before, checksums(call))))
         if problem is None:
             tally.handled(backend.name, call)
             if key not in run.workspaces:
@@ -253,7 +253,7 @@ class Engine:
             if evaluation is not None:
                 evaluation.max_head_dim = max(evaluation.max_head_dim, call.q.shape[-1])
                 if checks_later(out.device):
-                    evaluation.checks.append(Check(*key, NOT_FINITE, finite))
+                    evaluation.checks.append(Check(*key, NOT_FINITE, strange))
                 evaluation.answers.append(Answer(backend.name, call.signature, call.block, timer,
                                                  call.target_error * (self.config.settings.quality_limit or math.inf),
                                                  self._figures(backend, call, out, evaluation), denominators, exact_time, observed,

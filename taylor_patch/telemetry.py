@@ -98,12 +98,12 @@ class ExactTime:
 
 @dataclass
 class Check:
-    """What has to hold for an evaluation's result to count, still on the device. problem: what it means where `holds` is false."""
+    """What may keep an evaluation's result from counting, still on the device. problem: what it means where `fault` is not zero."""
 
     backend: str
     signature: Any
     problem: str
-    holds: Tensor
+    fault: Tensor
 
 
 @dataclass
@@ -175,7 +175,7 @@ class StepRecord:
 
 @dataclass(frozen=True)
 class Reading:
-    """The answers of an evaluation, read. failed: checks that do not hold. too_far: (backend, signature, block) of answers whose sampled
+    """The answers of an evaluation, read. failed: checks that found a fault. too_far: (backend, signature, block) of answers whose sampled
     error exceeds their limit, with the error."""
 
     blocks: tuple[BlockRecord, ...] = ()
@@ -188,11 +188,11 @@ class Reading:
 def read(answers: Iterable[Answer], checks: Iterable[Check] = ()) -> Reading:
     """Everything that the answers and checks left on the device, with one read from it."""
     answers, checks = list(answers), list(checks)
-    left = [check.holds.reshape(1).float() for check in checks] + [answer.figures for answer in answers if answer.figures is not None]
+    left = [check.fault.reshape(1).float() for check in checks] + [answer.figures for answer in answers if answer.figures is not None]
     left += [value.reshape(1).float() for answer in answers for value in answer.observed.values()]
     left += [answer.comparison.error.reshape(1).float() for answer in answers if answer.comparison is not None]
     flat = torch.cat(left).tolist() if left else []
-    failed = tuple(check for check, holds in zip(checks, flat, strict=False) if not holds)
+    failed = tuple(check for check, fault in zip(checks, flat, strict=False) if fault)
     rest = iter(flat[len(checks) :])
     bad = {(check.backend, check.signature) for check in failed}
     all_figures = [{} if answer.figures is None else {name: next(rest) for name in FIGURES} for answer in answers]

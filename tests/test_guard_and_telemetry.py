@@ -11,7 +11,7 @@ import torch
 
 from taylor_patch import engine as engines
 from taylor_patch import guard, telemetry
-from taylor_patch.backends.base import Backend, is_finite, note_not_finite
+from taylor_patch.backends.base import Backend, not_finite, note_not_finite
 from taylor_patch.call import AttentionCall
 from taylor_patch.telemetry import Answer, Check, LogFile, Timer, read
 from tests.test_hooks import HEADS, SPARSE, broken_backend, last, qkv
@@ -77,7 +77,7 @@ def test_read_pairs_figures_with_their_calls():
         return Answer(name, ("shape", block), block, timer, 50.0, figures)
 
     values = torch.arange(len(guard.FIGURES)).float()
-    checks = [Check("a", ("shape", block), "odd", torch.tensor(block != 1)) for block in (0, 1)]
+    checks = [Check("a", ("shape", block), "odd", torch.tensor(block == 1)) for block in (0, 1)]
     reading = read([answer("a", 0), answer("a", 1, values), answer("b", 2, values + 100)], checks)
     records = reading.blocks
     assert [r.figures.get("quality_raw") for r in records] == [None, 0, 100] and records[2].figures["logit_max"] == 107
@@ -174,10 +174,10 @@ def test_end_percent(comfy, configure, settings, calls):
 
 def test_a_kernels_word_takes_the_place_of_a_look_at_every_value():
     out = torch.ones(2, 3)
-    assert bool(is_finite(out)) and not bool(is_finite(out / 0))
+    assert not bool(not_finite(out)) and bool(not_finite(out / 0))
     for flag in (0, 1):
-        note_not_finite(out, torch.tensor([flag], dtype=torch.int32))
-        assert bool(is_finite(out)) == (flag == 0)
+        note_not_finite(out, torch.tensor([float(flag)]))
+        assert bool(not_finite(out)) == (flag == 1)
 
 
 @pytest.mark.parametrize("tokens", [320, 327])

@@ -12,7 +12,7 @@ triton = pytest.importorskip("triton", reason="Triton is not installed")
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
-from taylor_patch.backends.base import is_finite  # noqa: E402
+from taylor_patch.backends.base import not_finite  # noqa: E402
 from taylor_patch.backends.near_far import NearFar, NearFarOptions, aim, op, plan, reference  # noqa: E402
 from taylor_patch.backends.near_far.layout import block_tokens  # noqa: E402
 from taylor_patch.backends.tiles import grids, tile_index  # noqa: E402
@@ -100,7 +100,7 @@ def run_round(call, density, tail, tma=False):
     op.prepare(sizes, space, call.q, call.k, call.v, call.key_mask, 0, sizes.lanes)
     op.score(sizes, space, sizes.lanes, call.scale)
     op.select(sizes, space, sizes.lanes, density)
-    flag = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    flag = torch.zeros(1, device=DEVICE)
     op.attend_round(sizes, space, call.q, out, flag, 0, sizes.lanes, call.scale, tail)
     heads = call.q.shape[0] * call.q.shape[1]
     return out, [near_blocks(sizes, space, head) for head in range(heads)]
@@ -289,7 +289,7 @@ def aimed(call, target, tma=False):
     op.probe(sizes, space, call.q, 0, sizes.lanes, call.scale, aim.MARGIN * target, settled)
     sums = space["sums"].flatten(0, 1).clone()
     op.select(sizes, space, sizes.lanes, 1.0, settled)
-    flag = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    flag = torch.zeros(1, device=DEVICE)
     op.attend_round(sizes, space, call.q, out, flag, 0, sizes.lanes, call.scale, "cumulant", settled)
     near = [near_blocks(sizes, space, head) for head in range(call.q.shape[0] * call.q.shape[1])]
     return out, settled, sums, near
@@ -396,5 +396,5 @@ def test_the_kernel_says_where_a_value_is_not_finite(place):
     if place is not None:
         call.v[0, 0, place, 5] = torch.inf
     out = op.attend(call, 1.0)
-    assert bool(is_finite(out)) == bool(out.isfinite().all()) == (place is None)
+    assert bool(not_finite(out)) == (not out.isfinite().all()) == (place is not None)
     assert out.taylor_patch_not_finite.item() == (place is not None)

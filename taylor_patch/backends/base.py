@@ -126,17 +126,17 @@ def expand_kv(x: Tensor, heads: int) -> Tensor:
 
 
 def note_not_finite(out: Tensor, flag: Tensor) -> None:
-    """Leave on a result what its kernel has found: flag, a number on the device, is 0 where every value of `out` is finite.
+    """Leave on a result what its kernel has found: flag, one float32 on the device, is 0 where every value of `out` is finite.
 
-    Saves the caller a look at every value, which takes 2% of a fast backend's time. `out` must not be changed afterwards.
+    Saves the caller from reading the whole result once more. `out` must not be changed afterwards.
     """
     out.taylor_patch_not_finite = flag  # type: ignore[attr-defined]
 
 
-def is_finite(out: Tensor) -> Tensor:
-    """Whether every value of a result is finite, as a scalar on the device: what its kernel has noted, else by looking."""
+def not_finite(out: Tensor) -> Tensor:
+    """Not zero where a result has a value that is not finite, on the device: what its kernel has noted, else by looking."""
     flag = getattr(out, "taylor_patch_not_finite", None)
-    return torch.isfinite(out.sum(dtype=torch.float32)) if flag is None else flag == 0
+    return ~torch.isfinite(out.sum(dtype=torch.float32)) if flag is None else flag
 
 
 def aligned(x: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ def attend_kernel(q_ptr, stride_qb, stride_qh, stride_qn, stride_qd, out_ptr, st
     far [heads, image blocks of the queries, far_stride]: log2 of n_b, or -inf where a block is exact or does not exist; list [heads, query
     blocks, blocks] and count [heads, query blocks] say which are exact. GRID and TILE are those of the queries. AIMED: setting [heads, 4]
     holds factors of the second-order term and of the linear one at places 1 and 2 (aim.py). Logits are in units of log2; sums are float32.
-    not_finite [1] int32 becomes 1 where a result has a value that is not finite.
+    not_finite [1] becomes 1 where a result has a value that is not finite.
     Grid (query blocks, query heads of the round). Queries outside the image of all heads come first, because they take longest, then
     the others of a head in its order [heads, image blocks of the queries].
     """
@@ -124,4 +124,4 @@ def attend_kernel(q_ptr, stride_qb, stride_qh, stride_qn, stride_qd, out_ptr, st
     inside = filled[:, None] & (dim[None, :] < D)
     tl.store(out, result, mask=inside)
     strange = inside & ~(tl.abs(result.to(tl.float32)) < float("inf"))
-    tl.store(not_finite_ptr + late, 1, mask=tl.sum(tl.sum(strange.to(tl.int32), 1), 0) > 0)
+    tl.store(not_finite_ptr + late, 1.0, mask=tl.sum(tl.sum(strange.to(tl.int32), 1), 0) > 0)

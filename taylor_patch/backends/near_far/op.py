@@ -97,7 +97,7 @@ def run(plan: plans.Plan, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | No
     settled takes the place of `density`; with a goal (relative L2 error) a probe fills it first.
     """
     out = empty_output(q)
-    space, not_finite = plan.allocate(q.device), torch.zeros(1, dtype=torch.int32, device=q.device)
+    space, not_finite = plan.allocate(q.device), torch.zeros(1, device=q.device)
     if key_mask is not None and key_mask.stride(1) != 1:
         key_mask = key_mask.contiguous()
     # Triton launches on the current device, which need not be that of q.
