@@ -179,6 +179,7 @@ class Engine:
 
     def _finish(self, run: SamplingRun, outcome: str) -> None:
         try:
+            run.catch_up()
             self.last_run, self.last_steps = run.summary(outcome), tuple(run.records)
             if self.config.settings.log != "off":
                 log.info("taylor_patch: %s", self.last_run.line())
@@ -258,6 +259,7 @@ class Engine:
                                                  call.target_error * (self.config.settings.quality_limit or math.inf),
                                                  self._figures(backend, call, out, evaluation), denominators, exact_time, observed,
                                                  self._comparison(call, out, run)))
+            run.catch_up()
             return out
         tally.exact(f"{backend.name}: {problem}")
         shown = f"q {list(call.q.shape)} {str(call.q.dtype).removeprefix('torch.')}"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import suppress
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,10 @@ FIGURES = ("quality_raw", "quality_eff", "q_norm", "k_norm", "logit_p01", "logit
 backend worked with (after normalisation, say). q_norm, k_norm: mean L2 norms. logit_*: percentiles and largest magnitude of sampled
 scale * q.k."""
 
+PERCENTILES = (0.01, 0.5, 0.99)
 SAMPLED_KEYS = 64
+SORTED_LOGITS = 4096
+"""Most values of which percentiles are taken: as many as a GPU sorts in one kernel."""
 EVERY_CALLS = 32
 """One in so many calls of an evaluation is sampled, another one each step, so that the cost stays small against attention; in the first
 evaluation of a run all are."""
@@ -29,10 +32,17 @@ def is_sampled(call_number: int, step: int | None, every_steps: int, first: bool
     return first or (step % every_steps == 0 and (call_number + step // every_steps) % EVERY_CALLS == 0)
 
 
-def spread(total: int, count: int, seed: int, device: torch.device) -> Tensor:
-    """`count` (at most `total`) indices evenly over range(total), int64, moved along by `seed`; no random state is touched."""
+def spread(total: int, count: int, seed: int) -> slice:
+    """`count` (at most `total`) indices of range(total) at even distances, moved along by `seed`.
+
+    A slice, so that taking them costs no kernel. The distance is odd: rows of an image of even width are not all of one column.
+    """
     count = min(count, total)
-    return (torch.arange(count, device=device) * total // count + seed * 7919) % total
+    step = total // count
+    step -= step > 1 and step % 2 == 0
+    span = step * (count - 1) + 1
+    start = seed * 7919 % (total - span + 1)
+    return slice(start, start + span, step)
 
 
 SPLIT_KEYS = 8192
@@ -40,8 +50,8 @@ SPLIT_KEYS = 8192
 PARTS = 16
 
 
-def exact_rows(call: AttentionCall, rows: Tensor) -> Tensor:
-    """Exact attention of the query rows `rows` [S]: float32 [B, H, S, D]."""
+def exact_rows(call: AttentionCall, rows: slice) -> Tensor:
+    """Exact attention of the S query rows `rows`: float32 [B, H, S, D]."""
     heads = call.q.shape[1]
     q, k, v = aligned(call.q[:, :, rows]), *(expand_kv(aligned(x), heads) for x in (call.k, call.v))
     half = q.dtype in (torch.float16, torch.bfloat16)
@@ -83,24 +93,24 @@ def distance(out: Tensor, exact: Tensor) -> Tensor:
     return torch.linalg.vector_norm(apart) / torch.linalg.vector_norm(size).clamp_min(tiny)
 
 
-@lru_cache(maxsize=16)
-def _percentiles(device: torch.device) -> Tensor:
-    """The percentiles asked for, on the device: to copy them in every call would make the host wait."""
-    return torch.tensor([0.01, 0.5, 0.99], device=device)
-
-
 @torch.no_grad()
 def figures(backend: Backend, call: AttentionCall, out: Tensor, samples: int, seed: int) -> Tensor:
-    """FIGURES of one call as float32 [8] on the device; nothing is read back. out: the backend's [B, H, N_q, D]."""
-    rows = spread(call.q.shape[2], samples, seed, call.q.device)
+    """FIGURES of one call as float32 [8] on the device; nothing is read back. out: the backend's [B, H, N_q, D].
+
+    What this costs on a GPU is the number of its small kernels, so there are few.
+    """
+    heads, n_q, n_kv = call.q.shape[1], call.q.shape[2], call.k.shape[2]
+    rows = spread(n_q, samples, seed)
     ours = out[:, :, rows].float()
     raw = relative_error(ours, exact_rows(call, rows))
     effective = backend.effective(call)
     eff = raw if effective is call else relative_error(ours, exact_rows(effective, rows))
-    q = call.q[:, :, rows].float()
-    k = expand_kv(call.k[:, :, spread(call.k.shape[2], SAMPLED_KEYS, seed, call.q.device)], call.q.shape[1]).float()
-    logits = (q @ k.transpose(-1, -2) * call.scale).flatten()
-    percentiles = torch.quantile(logits, _percentiles(logits.device)) if logits.numel() < 1 << 24 else \
-        torch.full((3,), torch.nan, device=logits.device)  # torch.quantile's limit
-    norms = torch.stack([torch.linalg.vector_norm(x, dim=-1).mean() for x in (q, k)])
-    return torch.cat([torch.stack([raw, eff]), norms, percentiles, logits.abs().amax().reshape(1)])
+    q, k = call.q[:, :, rows], expand_kv(call.k[:, :, spread(n_kv, SAMPLED_KEYS, seed)], heads)
+    vectors = torch.cat((q, k), 2).float()
+    norms = torch.linalg.vector_norm(vectors, dim=-1)
+    logits = (vectors[:, :, : q.shape[2]] * call.scale @ vectors[:, :, q.shape[2] :].transpose(-1, -2)).flatten()
+    step = -(-logits.numel() // SORTED_LOGITS) | 1
+    ordered = logits[::step].sort().values
+    percentiles = [ordered[round(share * (ordered.numel() - 1))] for share in PERCENTILES]
+    return torch.stack([raw, eff, norms[:, :, : q.shape[2]].mean(), norms[:, :, q.shape[2] :].mean(), *percentiles,
+                        torch.linalg.vector_norm(logits, math.inf)])

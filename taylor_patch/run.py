@@ -7,8 +7,8 @@ import logging
 import threading
 import time
 import uuid
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -220,9 +220,16 @@ class SamplingRun:
     name: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
     """What tells this run's records from others'; made at random."""
     records: list[StepRecord] = field(default_factory=list)
+    unrecorded: deque[Callable[[], None]] = field(default_factory=deque)
+    """What makes the records of evaluations that have ended; called while the device works on the next, so that it need not wait."""
     latent_shape: tuple[int, ...] | None = None
     workspaces: dict[tuple[str, Any], int] = field(default_factory=dict)
     """(backend, signature) -> the workspace in bytes that the backend stated."""
+
+    def catch_up(self) -> None:
+        """Make the records that are still to be made."""
+        while self.unrecorded:
+            self.unrecorded.popleft()()
 
     def step_of(self, sigma: float) -> int | None:
         """Index of `sigma` in the schedule; of the step it lies in for samplers that evaluate between sigmas."""

@@ -8,6 +8,7 @@ import gc
 import json
 import logging
 import os
+import shutil
 import tempfile
 import time
 import types
@@ -337,7 +338,7 @@ def on_disk(name):
         "config unknown key": lambda: path.write_text("[taylor_patch]\nbakend = 1\n"),
         "config not text": lambda: path.write_bytes(b"\xff\xfe\x00"),
         "config a folder": lambda: (path.unlink(), path.mkdir()),
-        "log file's folder gone": lambda: (os.unlink("logs/log.jsonl"), os.rmdir("logs")),
+        "log file's folder gone": lambda: shutil.rmtree("logs"),
         "working folder gone": lambda: os.chdir(tempfile.mkdtemp()),
     }[name]
 

@@ -8,6 +8,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from taylor_patch import engine as engines
 from taylor_patch import guard, telemetry
@@ -46,7 +48,7 @@ def test_figures(masked):
     out = (exact(call) * 1.1).float()
     before = [x.clone() for x in (call.q, call.k, call.v, out)]
     found = dict(zip(guard.FIGURES, guard.figures(Backend.__new__(Halved), call, out, 16, 3).tolist(), strict=True))
-    rows = guard.spread(300, 16, 3, call.q.device)
+    rows = guard.spread(300, 16, 3)
     assert found["quality_raw"] == pytest.approx(0.1, rel=1e-3)
     half = exact(dataclasses.replace(call, q=call.q / 2))[:, :, rows]
     expected = (out.double()[:, :, rows] - half).norm() / half.norm()
@@ -56,11 +58,14 @@ def test_figures(masked):
     assert all(torch.equal(a, b) for a, b in zip((call.q, call.k, call.v, out), before, strict=True))
 
 
-def test_rows_are_spread_repeatable_and_in_range():
-    for total, count, seed in [(5, 16, 0), (300, 16, 7), (75600, 16, 123456)]:
-        rows = guard.spread(total, count, seed, torch.device("cpu"))
-        assert len(set(rows.tolist())) == min(total, count) and int(rows.min()) >= 0 and int(rows.max()) < total
-        assert torch.equal(rows, guard.spread(total, count, seed, torch.device("cpu")))
+@given(st.integers(1, 100_000), st.integers(1, 100), st.integers(0, 10_000))
+@settings(max_examples=200, deadline=None)
+def test_rows_are_spread_in_range_and_of_every_column(total, count, seed):
+    rows = list(range(total))[guard.spread(total, count, seed)]
+    assert len(rows) == min(total, count)
+    assert max(rows[0], total - rows[-1]) < total / len(rows) + 2 * len(rows), "nothing larger than a distance is left out at an end"
+    if total >= 64 * 64 and count >= 16:
+        assert len({row % 64 for row in rows}) >= 16
 
 
 def test_every_call_is_sampled_in_some_step():
@@ -79,7 +84,7 @@ def test_read_pairs_figures_with_their_calls():
     values = torch.arange(len(guard.FIGURES)).float()
     checks = [Check("a", ("shape", block), "odd", torch.tensor(block == 1)) for block in (0, 1)]
     reading = read([answer("a", 0), answer("a", 1, values), answer("b", 2, values + 100)], checks)
-    records = reading.blocks
+    records = reading.blocks()
     assert [r.figures.get("quality_raw") for r in records] == [None, 0, 100] and records[2].figures["logit_max"] == 107
     assert reading.too_far == {("b", ("shape", 2), 2): 100}
     assert reading.failed == (checks[1],) and all(0 <= r.milliseconds < 1000 for r in records)
@@ -200,7 +205,7 @@ def test_rows_over_split_keys_are_exact_attention(monkeypatch, tokens):
 def test_rows_over_split_keys_are_exact_attention_on_the_gpu(monkeypatch, tokens):
     gen = torch.Generator("cuda").manual_seed(0)
     q, k, v = (torch.randn(2, tokens, 4, 128, generator=gen, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for _ in range(3))
-    call, rows, used = AttentionCall(q, k, v, 0.2), torch.tensor([0, 7, tokens - 1], device="cuda"), []
+    call, rows, used = AttentionCall(q, k, v, 0.2), slice(7, tokens, 1021), []
     original = guard._split_rows
     monkeypatch.setattr(guard, "_split_rows", lambda *arguments: used.append(original(*arguments)) or used[0])
     found = guard.exact_rows(call, rows)

@@ -22,8 +22,10 @@ SAMPLES, SAMPLED_KEYS = 16, 64
 
 
 def spread(total, count, seed):
-    """Evenly spread indices, moved along by the seed: as docs/adr/0006 and guard.spread have it."""
-    return (np.arange(count) * total // count + seed * 7919) % total
+    """`count` indices at the largest even distance that is odd, moved along by the seed: as docs/adr/0006 has it."""
+    distance = total // count
+    distance -= distance > 1 and distance % 2 == 0
+    return seed * 7919 % (total - distance * (count - 1)) + distance * np.arange(count)
 
 
 def figures(q, k, v, out, seed):
@@ -36,8 +38,8 @@ def figures(q, k, v, out, seed):
     weights = np.exp(logits - logits.max(-1, keepdims=True))
     exact = weights / weights.sum(-1, keepdims=True) @ v
     error = np.linalg.norm(ours - exact) / np.linalg.norm(exact)
-    some = np.sort((q[:, rows] @ k[:, keys].transpose(0, 2, 1) / np.sqrt(dim)).flatten())
-    p01, p50, p99 = np.interp([0.01, 0.5, 0.99], np.linspace(0, 1, some.size), some)
+    some = (q[:, rows] @ k[:, keys].transpose(0, 2, 1) / np.sqrt(dim)).flatten()
+    p01, p50, p99 = np.quantile(some, [0.01, 0.5, 0.99], method="nearest")
     return {"quality_raw": error, "quality_eff": error, "q_norm": np.linalg.norm(q[:, rows], axis=-1).mean(),
             "k_norm": np.linalg.norm(k[:, keys], axis=-1).mean(), "logit_p01": p01, "logit_p50": p50, "logit_p99": p99,
             "logit_max": np.abs(some).max()}

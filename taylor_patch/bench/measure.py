@@ -135,7 +135,7 @@ def errors(backend: Backend, calls: list[AttentionCall]) -> tuple[float, float] 
 
 def errors_of_rows(out: Tensor, call: AttentionCall) -> tuple[float, float]:
     """(median, 90th percentile) over the heads of the relative L2 error of 64 query rows against exact attention in the call's dtype."""
-    rows = spread(call.q.shape[2], 64, 0, call.q.device)
+    rows = spread(call.q.shape[2], 64, 0)
     ours, exact = out[:, :, rows].float(), exact_rows(call, rows)
     found = ((ours - exact).norm(dim=(2, 3)) / exact.norm(dim=(2, 3))).flatten()
     return float(found.quantile(0.5)), float(found.quantile(0.9))

@@ -6,6 +6,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -63,14 +64,16 @@ def _evaluate(current: Evaluation, wrapped: Callable[..., Any], args: tuple[Any,
     run, started = current.run, time.monotonic()
     with evaluation(current):
         out = wrapped(*args, **kwargs)
+    run.catch_up()
     try:
         found = read(current.answers, current.checks)  # the one read from the device, which has to finish the evaluation for it
     except Exception as error:
         log.warning("taylor_patch: the step's figures cannot be read (%s)", said(error))
         return out, Reading()
+    seconds = time.monotonic() - started
     run.broken.update((check.backend, check.signature) for check in found.failed)
     repeated = bool(found.failed or found.too_far)
-    run.sampled = run.sampled or bool(found.blocks and not repeated)
+    run.sampled = run.sampled or bool(current.answers and not repeated)
     if found.too_far and not run.too_far:
         (name, _, block), worst = next(iter(found.too_far.items()))
         log.warning("taylor_patch: %s: error %.3g in block %s and %d more is above quality_limit times the error asked for; the step is "
@@ -78,13 +81,20 @@ def _evaluate(current: Evaluation, wrapped: Callable[..., Any], args: tuple[Any,
     run.too_far.update(found.too_far)
     try:
         engine().judge(run, found)
-        tally = current.tally
-        engine().record(run, StepRecord(current.family, current.step, current.sigma, time.monotonic() - started,
-                                        with_exact(tally.calls, tally.fallbacks), dict(tally.fallbacks), current.max_head_dim, found.blocks,
-                                        repeated))
+    except Exception as error:
+        log.warning("taylor_patch: the backends could not be told of the step (%s)", said(error))
+    run.unrecorded.append(partial(_record, current, found, seconds, repeated))
+    return out, found
+
+
+def _record(current: Evaluation, found: Reading, seconds: float, repeated: bool) -> None:
+    """Keep, log and write what the evaluation did."""
+    tally = current.tally
+    try:
+        engine().record(current.run, StepRecord(current.family, current.step, current.sigma, seconds, with_exact(tally.calls, tally.fallbacks),
+                                                dict(tally.fallbacks), current.max_head_dim, found.blocks(), repeated))
     except Exception as error:
         log.warning("taylor_patch: the step's record failed (%s)", said(error))
-    return out, found
 
 
 def _describe(run: SamplingRun, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Evaluation:
