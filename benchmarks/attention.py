@@ -216,7 +216,7 @@ def gate(provider: str, d: int, dtype: torch.dtype) -> float:
     op.prepare(sizes, space, q, k, v, None, 0, 2)
     op.score(sizes, space, 2, d**-0.5)
     op.select(sizes, space, 2, 0.2)
-    op.attend_round(sizes, space, q, out, 0, 2, d**-0.5, "cumulant")
+    op.attend_round(sizes, space, q, out, torch.zeros(1, device="cuda"), 0, 2, d**-0.5, "cumulant")
     near = space["far"][:, 0, :, : sizes.keys.image_blocks].isneginf()
     ref = torch.stack([reference.Head(q[0, h].double() * d**-0.5, k[0, h].double(), v[0, h].double(), grid).attend(near[h])
                        for h in range(2)])[None]

@@ -72,7 +72,7 @@ def heads() -> Iterator[dict[str, Any]]:
         op.prepare(sizes, space, q, k, v, None, 0, sizes.lanes)
         op.score(sizes, space, sizes.lanes, q.shape[-1] ** -0.5)
         op.select(sizes, space, sizes.lanes, 0.1)
-        op.attend_round(sizes, space, q, out, 0, sizes.lanes, q.shape[-1] ** -0.5, "cumulant")
+        op.attend_round(sizes, space, q, out, torch.zeros(1, device=q.device), 0, sizes.lanes, q.shape[-1] ** -0.5, "cumulant")
         near = space["far"][:, 0, :, : sizes.keys.image_blocks].isneginf()
         own = reference.Head(q[0, 0].double() * q.shape[-1] ** -0.5, k[0, 0].double(), v[0, 0].double(), GRID).attend(near[0])
         rounding = float(relative(F.scaled_dot_product_attention(q, k, v)[:, :1], ref[:, :1]))
