@@ -18,6 +18,7 @@ One JSON line per provider and case is appended to FILE.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import statistics
@@ -55,6 +56,10 @@ class Case:
     density: float | None = None
     quality: float | None = None
     settled: bool = False
+    n_kv: int | None = None
+    """Keys of cross-attention."""
+    keys: str = "line"
+    """Whether its keys lie in a "grid" that is known, or in a "line"."""
     b: int = 1
     h: int = 24
     d: int = 128
@@ -63,7 +68,8 @@ class Case:
     @property
     def options(self) -> dict[str, Any]:
         aimed = {} if self.quality is None else {"quality": self.quality, "settled": self.settled}
-        return {"data": self.data} | ({} if self.density is None else {"density": self.density}) | aimed
+        cross = {} if self.n_kv is None else {"n_kv": self.n_kv, "keys": self.keys}
+        return {"data": self.data} | ({} if self.density is None else {"density": self.density}) | aimed | cross
 
 
 def cases(quick: bool) -> Iterator[Case]:
@@ -84,6 +90,10 @@ def cases(quick: bool) -> Iterator[Case]:
             yield Case("sol_attn", n, density=density)
     if not quick:
         yield Case("near_far", 119_056, density=0.05)
+    for n_kv in (33_280,) if quick else (33_280, 66_048):
+        for keys in ("line", "grid"):
+            yield Case("near_far", 16_896, density=0.05, n_kv=n_kv, keys=keys)
+        yield Case("cudnn", 16_896, n_kv=n_kv)
     for density in (0.05, 0.1, 0.2):
         yield Case("near_far", 16_400, "trained", density)
     for quality in (0.02, 0.05, 0.1):
@@ -99,17 +109,17 @@ def cases(quick: bool) -> Iterator[Case]:
 
 
 @lru_cache(maxsize=1)
-def inputs(n: int, data: str, b: int, h: int, d: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v [b, h, n, d] on the GPU."""
+def inputs(n: int, n_kv: int, data: str, b: int, h: int, d: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """q [b, h, n, d], k, v [b, h, n_kv, d] on the GPU."""
     if data == "trained":
         calls = captured(picture=17, size=256, steps=24, at=tuple(range(2, 5)))[:12]
         return tuple(torch.cat([call[i] for call in calls], 1)[:, :h].contiguous() for i in range(3))  # type: ignore[return-value]
     gen = torch.Generator("cuda").manual_seed(1)
     made = []
-    for _ in range(3):
-        x = torch.randn(b, h, n, d, generator=gen, device="cuda", dtype=dtype)
+    for tokens in (n, n_kv, n_kv):
+        x = torch.randn(b, h, tokens, d, generator=gen, device="cuda", dtype=dtype)
         if data == "smooth":
-            grid = GRIDS[n]
+            grid = GRIDS[tokens]
             field = torch.randn(b * h, d, grid.h // 8, grid.w // 8, generator=gen, device="cuda")
             field = F.interpolate(field, (grid.h, grid.w), mode="bilinear").flatten(2).transpose(1, 2).view(b, h, grid.tokens, d)
             x = (0.7 * x.float() + 1.4 * field).to(dtype)
@@ -120,10 +130,11 @@ def inputs(n: int, data: str, b: int, h: int, d: int, dtype: torch.dtype) -> tup
 def near_far(case: Case) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """The backend, called as the router calls it."""
     backend = NearFar(NearFarOptions(density=case.density or "auto"))
-    place = {"sigma": 0.5, "block": 0} if case.settled else {}
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return backend.run(AttentionCall(q, k, v, q.shape[-1] ** -0.5, grid=GRIDS[q.shape[2]], target_error=case.quality or 0.05, **place))
+        call = AttentionCall(q, k, v, q.shape[-1] ** -0.5, grid=GRIDS[q.shape[2]], target_error=case.quality or 0.05,
+                             key_grid=GRIDS[k.shape[2]] if case.keys == "grid" else None)
+        return backend.run(dataclasses.replace(call, sigma=0.5, block=0) if case.settled else call)
 
     return run
 
@@ -254,7 +265,7 @@ def row(case: Case, reps: int, environment: dict[str, Any]) -> dict[str, Any]:
         return {**what, "failed": f"{type(error).__name__}: {str(error)[:200]}", **environment}
     if passed > LOOSE.get(case.provider, 2.0):
         return {**what, "failed": f"error is {passed:.2f} times that of SDPA", **environment}
-    q, k, v = inputs(case.n, case.data, case.b, case.h, case.d, case.dtype)
+    q, k, v = inputs(case.n, case.n_kv or case.n, case.data, case.b, case.h, case.d, case.dtype)
     try:
         run = PROVIDERS[case.provider](case)
     except ImportError as error:

@@ -165,7 +165,8 @@ class Bench:
         flags = tuple(flag for flag in setting.flags if not (cpu and flag in ("--lowvram", "--novram"))) + cpu
         server = Server(self.checkout, folder, self.options.python, env=environment, nodes=[NODES], flags=flags,
                         launcher=("-m", "taylor_patch", "run") if patched else ())
-        what = {"comfyui": self.version, "setting": setting.name, "flags": list(flags), "node": setting.node, "taylor_patch": patched}
+        what: dict[str, Any] = {"comfyui": self.version, "setting": setting.name, "flags": list(flags), "node": setting.node,
+                                "taylor_patch": patched}
         if time.monotonic() > self.end:
             for model in waiting:
                 yield from self.failed(what, model, self.variants(setting, patched), f"not started: --seconds {self.options.seconds} were over")

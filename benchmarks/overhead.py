@@ -11,6 +11,7 @@ import subprocess
 import sys
 import timeit
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -58,8 +59,8 @@ def call_rows() -> list[dict[str, Any]]:
         engines.use(engine)
         # ComfyUI samples in inference mode.
         with torch.inference_mode(), engine.run([1.0, 0.0]) as run, evaluation(describe(run, Model(), (1, 4, 64, 64), 1.0)):
-            base = nanoseconds(lambda kwargs=kwargs: original(x, x, x, 4, **kwargs))
-            ours = nanoseconds(lambda kwargs=kwargs: patched(x, x, x, 4, **kwargs))
+            base = nanoseconds(partial(original, x, x, x, 4, **kwargs))
+            ours = nanoseconds(partial(patched, x, x, x, 4, **kwargs))
         rows.append({"what": f"call: {name}", "added_us": (ours - base) / 1000})
     engines.use(None)
     return rows

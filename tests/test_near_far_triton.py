@@ -298,6 +298,7 @@ def aimed(call, target, tma=False):
 PROBED = {"image, text first": (None, 0.3, 1, 2, 1, 5, (1, 40, 48), 0, 64, torch.float32, False),
           "ragged video, text last": (None, 0.15, 1, 1, 1, 0, (5, 10, 19), 9, 40, torch.float32, False),
           "two masks": (None, 0.31, 2, 1, 1, 3, (1, 32, 36), 0, 32, torch.float32, True),
+          "head_dim 16": (None, 0.3, 1, 2, 1, 5, (1, 40, 48), 0, 16, torch.float32, False),
           "line to line": (2003, 0.25, 1, 2, 1, 0, None, 611, 40, torch.float32, False),
           "image to line, two masks": (1301, 0.25, 2, 1, 1, 3, (1, 32, 36), 0, 32, torch.float32, True),
           "line to image and text": ((7, (1, 40, 44), 5), 0.4, 1, 1, 1, 0, None, 1400, 64, torch.float32, False)}

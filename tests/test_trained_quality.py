@@ -1,4 +1,5 @@
-"""The demo's trained model, at 128 x 128 pixels on the CPU and 256 x 256 on a GPU: what `quality` asks for, what the log file says, and what the picture is worth."""
+"""The demo's trained model, at 128 x 128 pixels on the CPU and 256 x 256 on a GPU: the errors that `quality` asks for, what the log
+file says, and what the picture is worth."""
 
 from __future__ import annotations
 
