@@ -12,12 +12,18 @@ matplotlib.use("agg")
 from matplotlib import pyplot as plt
 
 RESULTS = Path(__file__).with_name("results")
+CASE = ("what", "provider", "n", "d", "options", "tail", "density", "target", "input")
+"""Keys that tell cases apart."""
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
 
 
 def rows(name: str) -> list[dict[str, Any]]:
-    """A results file."""
-    return [json.loads(line) for line in (RESULTS / name).read_text(encoding="utf-8").splitlines()]
+    """A results file, of each case what was measured last."""
+    last = {}
+    for line in (RESULTS / name).read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        last[json.dumps([row.get(key) for key in CASE])] = row
+    return list(last.values())
 
 
 def save(figure: Any, name: str) -> None:
@@ -34,7 +40,8 @@ NAMES = {"flash": "flash (torch)", "cudnn": "cuDNN SDPA", "sage": "sageattention
 def time_against_tokens() -> None:
     """Time against the number of tokens, for each provider."""
     figure, axes = plt.subplots(figsize=(7, 4.4))
-    measured = [row for row in rows("attention-h200.jsonl") if "median_ms" in row and row["d"] == 128 and row["options"]["data"] == "normal"]
+    measured = [row for row in rows("attention-h200.jsonl") if "median_ms" in row and row["d"] == 128 and row["options"]["data"] == "normal"
+                and "n_kv" not in row["options"]]
     for provider, density, style in (("flash", None, "C7--"), ("sage", None, "C4:"), ("int8_attention", None, "C4--"), ("cudnn", None, "C0-"),
                                      ("sol_attn", 0.35, "C2:"), ("sol_attn", 0.05, "C2-"), ("near_far", 0.2, "C1:"), ("near_far", 0.1, "C1--"),
                                      ("near_far", 0.05, "C1-")):
