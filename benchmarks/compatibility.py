@@ -91,15 +91,17 @@ def families_table(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def gpu_table(rows: Sequence[Row]) -> Iterator[str]:
-    """Seconds per step and the device's memory in use after one, one line per version, setting and model; several runs of a case: the
-    last."""
+    """Seconds per step and the device's memory in use after one, one line per version, setting and model. All of a line is of one commit:
+    the last that ran every variant, or else most of them."""
     variants = list(dict.fromkeys(row["variant"] for row in rows))
-    found = {(row["comfyui"], row["setting"], row["model"], row["variant"]): row for row in rows}
-    yield f"| ComfyUI | setting | model | {' | '.join(variants)} |"
-    yield "|---" * (len(variants) + 3) + "|"
-    for version, setting, model in dict.fromkeys(key[:3] for key in found):
-        values = [step(found.get((version, setting, model, name))) for name in variants]
-        yield f"| {version} | {setting} | {model} | {' | '.join(values)} |"
+    found: dict[tuple[str, str, str], dict[str, dict[str, Row]]] = {}
+    for row in rows:
+        found.setdefault((row["comfyui"], row["setting"], row["model"]), {}).setdefault(row["commit"], {})[row["variant"]] = row
+    yield f"| ComfyUI | setting | model | {' | '.join(variants)} | commit |"
+    yield "|---" * (len(variants) + 4) + "|"
+    for (version, setting, model), runs in found.items():
+        commit, run = max(reversed(runs.items()), key=lambda item: len(item[1]))
+        yield f"| {version} | {setting} | {model} | {' | '.join(step(run.get(name)) for name in variants)} | {commit} |"
 
 
 def step(row: Row | None) -> str:

@@ -42,10 +42,13 @@ def test_keep_replaces_a_version(tmp_path, monkeypatch):
 
 def test_gpu_table():
     common = {"comfyui": "1", "setting": "static", "model": "wan", "gpu": "G", "torch": "2"}
-    rows = [{**common, "variant": "off", "step_seconds": 1.25, "finite": True, "device_used_mib": 2048},
-            {**common, "variant": "on", "error": "out of\nmemory | x"}]
+    rows = [{**common, "variant": "off", "commit": "a", "step_seconds": 1.25, "finite": True, "device_used_mib": 2048},
+            {**common, "variant": "on", "commit": "a", "error": "out of\nmemory | x"},
+            {**common, "variant": "off", "commit": "b", "step_seconds": 1.0, "finite": True, "device_used_mib": 2048}]
     table = list(compatibility.gpu_table(rows))
-    assert table[-1] == "| 1 | static | wan | 1.250 s, 2.0 GiB | failed: out of memory / x |"
+    assert table[-1] == "| 1 | static | wan | 1.250 s, 2.0 GiB | failed: out of memory / x | a |", "b ran only a part"
+    again = [*rows, {**common, "variant": "on", "commit": "b", "step_seconds": 0.5, "finite": True, "device_used_mib": 1024}]
+    assert list(compatibility.gpu_table(again))[-1] == "| 1 | static | wan | 1.000 s, 2.0 GiB | 0.500 s, 1.0 GiB | b |"
 
 
 def test_the_page_is_current():

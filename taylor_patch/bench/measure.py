@@ -22,6 +22,8 @@ from taylor_patch.guard import exact_rows, relative_error, spread
 
 LADDER = (1024, 2048, 4096, 8192, 12288, 16384, 24576, 32768, 65536)
 """Token counts at which --calibrate times."""
+ACCURATE = 2.0
+"""Errors up to so many times the one asked for count as accurate: what quality_limit leaves to a backend."""
 
 
 @dataclass(frozen=True)
@@ -170,20 +172,32 @@ def compare(backends: list[Backend], call: AttentionCall, seconds: float, with_e
     return rows
 
 
+def _is_accurate(backend: Backend, calls: list[AttentionCall], target_error: float) -> bool:
+    """Whether `auto` may choose it: its error on `calls` is known and small enough."""
+    try:
+        found = errors(backend, calls)
+    except Exception:  # as in compare
+        return False
+    return found is not None and found[1] <= ACCURATE * target_error
+
+
 def crossovers(backends: list[Backend], heads: int, head_dim: int, device: torch.device, dtype: torch.dtype, target_error: float,
                seconds: float, progress: Callable[[int], None]) -> dict[str, int | None]:
     """Backend -> least tokens of LADDER from which it is faster than exact attention at every longer one timed, or None.
 
-    Stops where exact attention takes longer than a second a call.
+    None, too, for backends whose error on the trained model's calls is above ACCURATE times target_error: `auto` may not choose what
+    the guard would have to undo. Stops where exact attention takes longer than a second a call.
     """
-    faster: dict[str, int | None] = {}
+    calls = list(trained_calls(device, dtype, target_error))
+    faster: dict[str, int | None] = {backend.name: None for backend in backends if backend.name != "sdpa"}
+    backends = [backend for backend in backends if backend.name != "sdpa" and _is_accurate(backend, calls, target_error)]
     for tokens in LADDER:
         side = round(tokens**0.5 / 8) * 8
         call = shaped_call(heads, head_dim, TokenGrid(1, side, tokens // side), device, dtype, target_error)
         rows = compare(backends, call, seconds, with_errors=False)
         for row in rows[1:]:
             wins = row.ratio is not None and row.ratio > 1
-            faster[row.backend] = (faster.get(row.backend) or call.q.shape[2]) if wins else None
+            faster[row.backend] = (faster[row.backend] or call.q.shape[2]) if wins else None
         progress(call.q.shape[2])
         if (rows[0].milliseconds or 0) > 1000:
             break
