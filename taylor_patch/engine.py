@@ -9,7 +9,7 @@ import os
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,6 @@ class Engine:
         """Whether the next sampling run also computes exactly, all rows, what a backend answers, and says how far apart the two are."""
         self.totals = Totals()
         self.problem: str | None = None
-        self._guard_failed = False
         self.workspaces = Workspaces()
         self.head_groups = HeadGroups()
         self.registry = plugins.load(configuration.allowed_plugins(overrides, environ, comfyui_user()), environ=environ)
@@ -228,7 +227,8 @@ class Engine:
         out_of_memory, problem = False, None
         try:
             timer = Timer(call.q.device)
-            out = run_in_groups(backend, call, most)
+            with own_precision(call.q.device):
+                out = run_in_groups(backend, call, most)
             timer.stop()
             denominators, observed = backend.denominators(), backend.observed(call)
             problem = check_form(out, call)
@@ -297,18 +297,22 @@ class Engine:
         return found
 
     def _figures(self, backend: Backend, call: AttentionCall, out: Tensor, evaluation: Evaluation) -> Tensor | None:
-        """The guard's figures where this call is sampled. The guard must never cost the picture: what it raises turns it off."""
-        settings = self.config.settings
-        if self._guard_failed or not settings.quality_check or \
-                not guard.is_sampled(evaluation.calls, evaluation.step, settings.quality_check_log_every, not evaluation.run.sampled):
+        """The guard's figures where this call is sampled. The guard must never cost the picture: what it raises turns it off for the run,
+        but for memory that is short, which leaves only this call unlooked at."""
+        settings, run = self.config.settings, evaluation.run
+        if run.guard_failed or not settings.quality_check or \
+                not guard.is_sampled(evaluation.calls, evaluation.step, settings.quality_check_log_every, evaluation.kind not in run.sampled):
             return None
         try:
-            return guard.figures(backend, call, out, settings.quality_check_samples, evaluation.calls + (evaluation.step or 0))
+            with own_precision(call.q.device):
+                return guard.figures(backend, call, out, settings.quality_check_samples, guard.seed_of(evaluation.calls, evaluation.step))
         except Exception as error:
-            self._guard_failed = True
-            log.warning("taylor_patch: the quality check failed (%s: %s) and is off from here on.", type(error).__name__, error)
+            if is_out_of_memory(error):
+                evaluation.tally.unchecked += 1
+                return None
+            run.guard_failed = True
+            log.warning("taylor_patch: the quality check failed (%s: %s) and is off for the rest of this run.", type(error).__name__, error)
             return None
-
 
     def _comparison(self, call: AttentionCall, out: Tensor, run: SamplingRun) -> Comparison | None:
         """The call once more, by PyTorch's exact attention, where the run is compared; what it raises ends the comparison only."""
@@ -323,6 +327,11 @@ class Engine:
             run.compare = False
             log.warning("taylor_patch: the comparison with exact attention ended (%s: %s).", type(error).__name__, error)
             return None
+
+
+def own_precision(device: torch.device) -> AbstractContextManager[Any]:
+    """Backends work in the dtype of their inputs; torch.autocast, where a node has it on, would change single operators in them."""
+    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
 
 
 def stated_workspace(backend: Backend, call: AttentionCall) -> int:

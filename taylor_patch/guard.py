@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import suppress
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -23,25 +24,36 @@ SORTED_LOGITS = 4096
 """Most values of which percentiles are taken: as many as a GPU sorts in one kernel."""
 EVERY_CALLS = 32
 """One in so many calls of an evaluation is sampled, another one each step, so that the cost stays small against attention; in the first
-evaluation of a run all are."""
+evaluation of a kind (prompts, latent shape) in a run all are."""
 
 
 def is_sampled(call_number: int, step: int | None, every_steps: int, first: bool) -> bool:
-    """Whether the call with this number in its evaluation is looked at. first: no evaluation of the run has been; then every call is."""
+    """Whether the call with this number in its evaluation is looked at. first: no evaluation of its kind has been looked at in this run;
+    then every call is."""
     step = step or 0
     return first or (step % every_steps == 0 and (call_number + step // every_steps) % EVERY_CALLS == 0)
+
+
+def seed_of(call_number: int, step: int | None) -> int:
+    """Where the rows and keys of a call begin: another place for every call of an evaluation and in every step."""
+    return 1009 * call_number + 31 * (step or 0)
+
+
+@lru_cache(maxsize=256)
+def _largest_prime(most: int) -> int:
+    """The largest prime up to `most`; 1 where there is none."""
+    return next((n for n in range(most, 1, -1) if all(n % factor for factor in range(2, math.isqrt(n) + 1))), 1)
 
 
 def spread(total: int, count: int, seed: int) -> slice:
     """`count` (at most `total`) indices of range(total) at even distances, moved along by `seed`.
 
-    A slice, so that taking them costs no kernel. The distance is odd: rows of an image of even width are not all of one column.
+    A slice, so that taking them costs no kernel. The distance is prime: rows of an image are then not all of a few columns.
     """
     count = min(count, total)
-    step = total // count
-    step -= step > 1 and step % 2 == 0
+    step = _largest_prime(total // count)
     span = step * (count - 1) + 1
-    start = seed * 7919 % (total - span + 1)
+    start = seed % (total - span + 1)
     return slice(start, start + span, step)
 
 
@@ -52,8 +64,15 @@ PARTS = 16
 
 def exact_rows(call: AttentionCall, rows: slice) -> Tensor:
     """Exact attention of the S query rows `rows`: float32 [B, H, S, D]."""
-    heads = call.q.shape[1]
-    q, k, v = aligned(call.q[:, :, rows]), *(expand_kv(aligned(x), heads) for x in (call.k, call.v))
+    # Query heads that share a key head stand as rows of one head: k and v need no copies for each.
+    q = aligned(call.q[:, :, rows].unflatten(1, (call.k.shape[1], -1)).flatten(2, 3))
+    k, v = aligned(call.k), aligned(call.v)
+    out = _attention(q, k, v, call)
+    return out.unflatten(2, (call.q.shape[1] // call.k.shape[1], -1)).flatten(1, 2)
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
+    """Exact attention of a few rows, with the call's scale and mask: float32."""
     half = q.dtype in (torch.float16, torch.bfloat16)
     if q.is_cuda and torch.version.hip is None and half and call.key_mask is None and k.shape[2] >= SPLIT_KEYS:
         with suppress(AttributeError, TypeError, RuntimeError):

@@ -104,6 +104,8 @@ class Tally:
     fallbacks: Counter[str] = field(default_factory=Counter)
     log_calls: bool = False
     """Log a line for every attention call."""
+    unchecked: int = 0
+    """Calls that were to be sampled, for which memory was short."""
     handed_on: str | None = None
     """Reason of the last exact call where that went to a node's override, which may be, or ask, one of our backends."""
     noting: bool = False
@@ -135,6 +137,7 @@ class Tally:
     def add(self, other: Tally) -> None:
         """Count what `other` counted too. Its thread may be counting still."""
         self.calls.update(dict(other.calls))
+        self.unchecked += other.unchecked
         self.fallbacks.update(dict(other.fallbacks))
 
 
@@ -165,6 +168,8 @@ class Evaluation:
     fingerprint: str | None = None
     """fingerprint_of the model."""
     layout: Layout = field(default_factory=Layout)
+    prompts: tuple[Any, ...] | None = None
+    """ComfyUI's cond_or_uncond: which prompts are evaluated, 0 positive and 1 negative."""
     exact: str | None = None
     """Why all of this evaluation is exact, or None."""
     calls: int = 0
@@ -176,6 +181,11 @@ class Evaluation:
     max_head_dim: int = 0
     tally: Tally = field(default_factory=Tally)
     """This evaluation's counts; they join the run's when it ends, so that threads of one run do not write to the same."""
+
+    @property
+    def kind(self) -> Any:
+        """What tells evaluations of a step apart: the prompts and the latent's shape."""
+        return (self.prompts, self.latent_shape)
 
     def block_index(self, options: Mapping[str, Any]) -> int:
         """Index of the running call's transformer block over the whole model; the number of the call where the model does not say."""
@@ -202,13 +212,15 @@ class SamplingRun:
     """(backend, signature) that a backend has been given; the first time its inputs are compared before and after."""
     too_slow: dict[tuple[Any, ...], tuple[int, str]] = field(default_factory=dict)
     """(backend, signature, block) that exact attention serves better -> (evaluation in which that was seen, why)."""
-    sampled: bool = False
-    """Whether an evaluation of this run has been sampled."""
+    sampled: set[Any] = field(default_factory=set)
+    """Evaluation.kind of those that were sampled in full."""
     devices: dict[Any, DeviceState] = field(default_factory=dict)
     under_way: list[Tally] = field(default_factory=list)
     """Counts of the evaluations in progress."""
     sigmas: dict[float, float] = field(default_factory=dict)
     """Part of the schedule, 0 to 1 -> sigma there."""
+    guard_failed: bool = False
+    """Whether the guard raised in this run; then it looks at no more calls."""
     compare: bool = False
     """Compute exactly, too, what a backend answers."""
     fingerprints: dict[int, str | None] = field(default_factory=dict)
@@ -229,7 +241,11 @@ class SamplingRun:
     def catch_up(self) -> None:
         """Make the records that are still to be made."""
         while self.unrecorded:
-            self.unrecorded.popleft()()
+            try:
+                make = self.unrecorded.popleft()
+            except IndexError:  # another device's thread was faster
+                return
+            make()
 
     def step_of(self, sigma: float) -> int | None:
         """Index of `sigma` in the schedule; of the step it lies in for samplers that evaluate between sigmas."""
@@ -250,9 +266,9 @@ class SamplingRun:
                 counts.add(tally)
         times = compared(self.records)
         saved, speed_up = (None, None) if times is None else ((times[1] - times[0]) / 1000, times[1] / max(times[0], 1e-6))
+        quality = quality_text(self.records, counts.unchecked)
         return RunSummary(self.model, max(len(self.schedule) - 1, 0), self.evaluations, with_exact(counts.calls, counts.fallbacks),
-                          dict(counts.fallbacks), time.monotonic() - self.started, outcome, dict(spent), quality_text(self.records),
-                          saved, speed_up,
+                          dict(counts.fallbacks), time.monotonic() - self.started, outcome, dict(spent), quality, saved, speed_up,
                           comparison_text(self.records) or ("compared with exact attention: no call to compare" if self.compare else ""))
 
 

@@ -175,23 +175,14 @@ class StepRecord:
 
 @dataclass(frozen=True)
 class Reading:
-    """The answers of an evaluation, with what was read of them. failed: checks that found a fault. too_far: (backend, signature, block) of
-    answers whose sampled error exceeds their limit, with the error."""
+    """The answers of an evaluation, read. failed: checks that found a fault. too_far: (backend, signature, block) of answers whose sampled
+    error exceeds their limit, with the error."""
 
-    answers: tuple[tuple[Answer, Mapping[str, float], Mapping[str, float], float | None], ...] = ()
-    """An answer, its figures, what its backend said, and its error where it was compared."""
+    blocks: tuple[BlockRecord, ...] = ()
     failed: tuple[Check, ...] = ()
     too_far: Mapping[tuple[str, Any, int | None], float] = field(default_factory=dict)
     observed: Mapping[tuple[str, Any, int | None], Mapping[str, float]] = field(default_factory=dict)
     """(backend, signature, block) -> what the backend said of the last such call."""
-
-    def blocks(self) -> tuple[BlockRecord, ...]:
-        """The answers' records."""
-        return tuple(BlockRecord(answer.backend, answer.block, answer.timer.milliseconds(), figures, answer.denominators,
-                                 None if answer.exact is None else answer.exact.milliseconds(), observed,
-                                 None if answer.comparison is None or error is None else
-                                 {"error": error, "exact_milliseconds": answer.comparison.timer.milliseconds()})
-                     for answer, figures, observed, error in self.answers)
 
 
 def read(answers: Iterable[Answer], checks: Iterable[Check] = ()) -> Reading:
@@ -206,12 +197,17 @@ def read(answers: Iterable[Answer], checks: Iterable[Check] = ()) -> Reading:
     bad = {(check.backend, check.signature) for check in failed}
     all_figures = [{} if answer.figures is None else {name: next(rest) for name in FIGURES} for answer in answers]
     all_observed = [{name: next(rest) for name in answer.observed} for answer in answers]
-    all_errors = [None if answer.comparison is None else next(rest) for answer in answers]
-    read_answers = tuple(zip(answers, all_figures, all_observed, all_errors, strict=True))
-    far = {(answer.backend, answer.signature, answer.block): figures["quality_raw"] for answer, figures, _, _ in read_answers
-           if (answer.backend, answer.signature) not in bad and figures.get("quality_raw", 0.0) > answer.limit}
-    said = {(answer.backend, answer.signature, answer.block): observed for answer, _, observed, _ in read_answers if observed}
-    return Reading(read_answers, failed, far, said)
+    all_compared = [None if (one := answer.comparison) is None else {"error": next(rest), "exact_milliseconds": one.timer.milliseconds()}
+                    for answer in answers]
+    blocks, far, said = [], {}, {}
+    for answer, figures, observed, against in zip(answers, all_figures, all_observed, all_compared, strict=True):
+        blocks.append(BlockRecord(answer.backend, answer.block, answer.timer.milliseconds(), figures, answer.denominators,
+                                  None if answer.exact is None else answer.exact.milliseconds(), observed, against))
+        if observed:
+            said[answer.backend, answer.signature, answer.block] = observed
+        if (answer.backend, answer.signature) not in bad and figures.get("quality_raw", 0.0) > answer.limit:
+            far[answer.backend, answer.signature, answer.block] = figures["quality_raw"]
+    return Reading(tuple(blocks), failed, far, said)
 
 
 def compared(records: Iterable[StepRecord]) -> tuple[float, float] | None:
@@ -232,10 +228,15 @@ def saved_text(saved_seconds: float | None, speed_up: float | None) -> str:
             f"(attention {speed_up:.2g} times as fast as exact)")
 
 
-def quality_text(records: Iterable[StepRecord]) -> str:
-    """"error 0.021 (largest 0.034, 12 calls sampled)" of quality_raw in results that were used, or an empty string without any."""
+def quality_text(records: Iterable[StepRecord], unchecked: int = 0) -> str:
+    """"error 0.021 (largest 0.034, 12 calls sampled)" of quality_raw in results that were used, or an empty string without any.
+
+    unchecked: calls that were to be sampled, for which memory was short.
+    """
     values = [value for record in records if not record.repeated for value in record.values("quality_raw")]
-    return f"error {sum(values) / len(values):.3g} (largest {max(values):.3g}, {len(values)} calls sampled)" if values else ""
+    missed = f"{unchecked} calls not sampled for lack of memory" if unchecked else ""
+    found = f"error {sum(values) / len(values):.3g} (largest {max(values):.3g}, {len(values)} calls sampled)" if values else ""
+    return ", ".join(filter(None, (found, missed)))
 
 
 def comparison_text(records: Iterable[StepRecord]) -> str:

@@ -169,12 +169,15 @@ class Host:
             if module is not None:
                 sys.modules[name] = module
 
-    def sample(self, body, latent=(1, 4, 32, 32), sigmas=(1.0, 0.0), model_options=None, **kwargs):
-        """Run `body(options)` once a step inside a sampling run; the results of all steps."""
+    def sample(self, body, latent=(1, 4, 32, 32), sigmas=(1.0, 0.0), model_options=None, prompts=(None,), **kwargs):
+        """Run `body(options)` once a step inside a sampling run; the results of all steps. prompts: a step evaluates each of them by itself
+        (cond_or_uncond)."""
         results = []
 
         def sampler(model, x, sigma, options):
-            results.append(model.apply_model(x, sigma, transformer_options=options))
+            for which in prompts:
+                own = options if which is None else {**options, "cond_or_uncond": which}
+                results.append(model.apply_model(x, sigma, transformer_options=own))
             return x
 
         guider = self.samplers.CFGGuider(self.model_base.Flux(Diffusion(body)), model_options)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import threading
+from functools import partial
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from taylor_patch import engine as engines
 from taylor_patch import guard, telemetry
 from taylor_patch.backends.base import Backend, not_finite, note_not_finite
 from taylor_patch.call import AttentionCall
+from taylor_patch.run import SamplingRun, current_evaluation
 from taylor_patch.telemetry import Answer, Check, LogFile, Timer, read
 from tests.test_hooks import HEADS, SPARSE, broken_backend, last, qkv
 
@@ -63,9 +66,10 @@ def test_figures(masked):
 def test_rows_are_spread_in_range_and_of_every_column(total, count, seed):
     rows = list(range(total))[guard.spread(total, count, seed)]
     assert len(rows) == min(total, count)
-    assert max(rows[0], total - rows[-1]) < total / len(rows) + 2 * len(rows), "nothing larger than a distance is left out at an end"
-    if total >= 64 * 64 and count >= 16:
-        assert len({row % 64 for row in rows}) >= 16
+    assert rows[-1] - rows[0] + 1 >= 0.5 * total * (len(rows) - 1) / len(rows), "over most of the range"
+    for width in (33, 48, 64, 99, 128):
+        if total >= width * 64 and count >= 16:
+            assert len({row % width for row in rows}) >= 16, f"of more than a few columns of an image {width} wide"
 
 
 def test_every_call_is_sampled_in_some_step():
@@ -84,7 +88,7 @@ def test_read_pairs_figures_with_their_calls():
     values = torch.arange(len(guard.FIGURES)).float()
     checks = [Check("a", ("shape", block), "odd", torch.tensor(block == 1)) for block in (0, 1)]
     reading = read([answer("a", 0), answer("a", 1, values), answer("b", 2, values + 100)], checks)
-    records = reading.blocks()
+    records = reading.blocks
     assert [r.figures.get("quality_raw") for r in records] == [None, 0, 100] and records[2].figures["logit_max"] == 107
     assert reading.too_far == {("b", ("shape", 2), 2): 100}
     assert reading.failed == (checks[1],) and all(0 <= r.milliseconds < 1000 for r in records)
@@ -134,6 +138,96 @@ def test_quality_check_off(comfy, configure):
     configure(SPARSE.replace("[backends", "quality_check = false\n[backends"))
     run(comfy)
     assert last().quality == "" and last().calls == {"near_far": 24}
+
+
+def test_rows_of_later_steps_are_others():
+    sampled = [(call, step) for step in range(1, 20) for call in range(1, 58) if guard.is_sampled(call, step, 1, False)]
+    assert len({guard.spread(16_896, 16, guard.seed_of(*where)).start for where in sampled}) > 0.8 * len(sampled) > 20
+
+
+def test_grouped_heads_are_not_repeated_and_agree():
+    call = make(heads=6, kv_heads=2)
+    torch.testing.assert_close(guard.exact_rows(call, slice(3, 200, 17)), exact(call)[:, :, 3:200:17].float())
+
+
+def test_the_guard_is_back_in_the_next_run(comfy, configure, monkeypatch):
+    configure(SPARSE)
+    with monkeypatch.context() as broken:
+        broken.setattr(guard, "figures", lambda *_: 1 / 0)
+        run(comfy)
+        assert last().quality == ""
+    run(comfy)
+    assert "calls sampled" in last().quality
+
+
+def test_a_guard_without_memory_leaves_out_that_call_and_says_so(comfy, configure, monkeypatch, caplog):
+    figures, seen = guard.figures, []
+
+    def sometimes(*arguments):
+        seen.append(arguments)
+        if len(seen) in (2, 5):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return figures(*arguments)
+
+    monkeypatch.setattr(guard, "figures", sometimes)
+    configure(SPARSE)
+    run(comfy)
+    assert last().calls == {"near_far": 24} and last().quality.endswith("2 calls not sampled for lack of memory")
+    assert f"{len(seen) - 2} calls sampled" in last().quality and "quality check" not in caplog.text
+
+
+def test_each_kind_of_evaluation_is_sampled_in_full_once(comfy, configure, monkeypatch):
+    """Positive and negative prompts that are evaluated one after the other: a backend may be right for one only."""
+    kinds = []
+    monkeypatch.setattr(guard, "is_sampled", lambda number, step, every, first: kinds.append(first))
+    configure(SPARSE)
+    q, k, v = qkv()
+
+    def attend(options):
+        return comfy.attention.optimized_attention(q, k, v, HEADS, transformer_options=options)
+
+    comfy.sample(attend, sigmas=(2.0, 1.0, 0.0), prompts=([0], [1]))
+    assert kinds == [True] * 4
+
+
+def test_threads_of_a_run_may_catch_up_together():
+    current, made = SamplingRun(), []
+    for _ in range(200):
+        current.unrecorded.extend(partial(made.append, number) for number in range(20))
+        threads = [threading.Thread(target=current.catch_up) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(made) == 4000
+
+
+def test_a_record_that_is_still_to_be_made_keeps_no_tensor(comfy, configure):
+    configure(SPARSE)
+    q, k, v = qkv()
+    held = []
+
+    def attend(options):
+        out = comfy.attention.optimized_attention(q, k, v, HEADS, transformer_options=options)
+        evaluation = current_evaluation()
+        held.append((evaluation, len(evaluation.answers)))
+        return out
+
+    comfy.sample(attend, sigmas=(1.0, 0.0))
+    assert [count for _, count in held] == [1] and held[0][0].answers == [] and held[0][0].checks == []
+
+
+def test_autocast_does_not_change_what_a_backend_computes(comfy, configure):
+    configure(SPARSE)
+    q, k, v = qkv()
+
+    def attend(options):
+        return comfy.attention.optimized_attention(q, k, v, HEADS, transformer_options=options)
+
+    plain = comfy.sample(attend, sigmas=(1.0, 0.0))
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = comfy.sample(attend, sigmas=(1.0, 0.0))
+    assert last().calls == {"near_far": 1} and torch.equal(plain[0], cast[0]) and cast[0].dtype == torch.float32
 
 
 def test_a_guard_that_fails_costs_one_line(comfy, configure, monkeypatch, caplog):

@@ -8,6 +8,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import sympy
 import torch
 
 from taylor_patch import config, guard
@@ -26,10 +27,9 @@ SAMPLES, SAMPLED_KEYS = 16, 64
 
 
 def spread(total, count, seed):
-    """`count` indices at the largest even distance that is odd, moved along by the seed: as docs/adr/0006 has it."""
-    distance = total // count
-    distance -= distance > 1 and distance % 2 == 0
-    return seed * 7919 % (total - distance * (count - 1)) + distance * np.arange(count)
+    """`count` indices at the largest even distance that is prime, moved along by the seed: as docs/adr/0006 has it."""
+    distance = max(1, sympy.prevprime(total // count + 1)) if total // count > 1 else 1
+    return seed % (total - distance * (count - 1)) + distance * np.arange(count)
 
 
 def figures(q, k, v, out, seed):
@@ -61,7 +61,7 @@ class Captured:
         if self.wanted:
             step = round((1 - float(kwargs["transformer_options"]["sigmas"])) * self.steps)
             self.numbers[step] += 1
-            self.found[step, self.numbers[step] - 1] = figures(q, k, v, out, self.numbers[step] + step)
+            self.found[step, self.numbers[step] - 1] = figures(q, k, v, out, 1009 * self.numbers[step] + 31 * step)
         return out
 
 

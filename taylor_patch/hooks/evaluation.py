@@ -70,10 +70,14 @@ def _evaluate(current: Evaluation, wrapped: Callable[..., Any], args: tuple[Any,
     except Exception as error:
         log.warning("taylor_patch: the step's figures cannot be read (%s)", said(error))
         return out, Reading()
+    finally:  # the record that is still to be made must keep nothing on the device
+        current.answers.clear()
+        current.checks.clear()
     seconds = time.monotonic() - started
     run.broken.update((check.backend, check.signature) for check in found.failed)
     repeated = bool(found.failed or found.too_far)
-    run.sampled = run.sampled or bool(current.answers and not repeated)
+    if found.blocks and not repeated:
+        run.sampled.add(current.kind)
     if found.too_far and not run.too_far:
         (name, _, block), worst = next(iter(found.too_far.items()))
         log.warning("taylor_patch: %s: error %.3g in block %s and %d more is above quality_limit times the error asked for; the step is "
@@ -92,7 +96,7 @@ def _record(current: Evaluation, found: Reading, seconds: float, repeated: bool)
     tally = current.tally
     try:
         engine().record(current.run, StepRecord(current.family, current.step, current.sigma, seconds, with_exact(tally.calls, tally.fallbacks),
-                                                dict(tally.fallbacks), current.max_head_dim, found.blocks(), repeated))
+                                                dict(tally.fallbacks), current.max_head_dim, found.blocks, repeated))
     except Exception as error:
         log.warning("taylor_patch: the step's record failed (%s)", said(error))
 
@@ -105,6 +109,8 @@ def _describe(run: SamplingRun, model: Any, args: tuple[Any, ...], kwargs: dict[
         packed = kwargs.get("latent_shapes")  # pictures and sound in one tensor; the picture comes first
         shape = packed[0] if packed else getattr(x, "shape", None)
         current = describe(run, model, shape, _first(t), any(kwargs.get(name) is not None and len(kwargs[name]) for name in REFERENCES))
+        prompts = (kwargs.get("transformer_options") or {}).get("cond_or_uncond")
+        current.prompts = None if prompts is None else tuple(prompts)
         if getattr(sys.modules.get("comfy.model_management"), "in_training", False):
             current.exact = "training"
         else:
