@@ -1,14 +1,15 @@
 """Time of attention against the number of tokens, near_far beside exact attention: `python -m benchmarks.attention [--quick]`.
 
 Times are those of a whole call, preparation, routing and permutation included; for sol_attn (comfy-kitchen) without the permutation to
-tiles, which its callers would have to do. near_far with a `quality` finds its density by a probe: in every call, or ("settled") as in
-a sampling run, where one probe serves a block for several steps. The peers are measured where they are installed, sol_attn and
+tiles, which its callers would have to do, and without the check below, since it has no plain version here. near_far with a `quality`
+finds its density by a probe: in every call, or ("settled") as in a sampling run, where one probe serves a block for several steps.
+The peers are measured where they are installed, sol_attn and
 int8_attention with plugins/taylor-patch-kitchen on the path. Before a provider is timed, it is checked at a
 small size of the same kind (exact providers against float64; near_far against its plain version in float64, with the near
 blocks that its kernels chose); one that fails is reported and not timed. rel_l2_* are |out - exact| / |exact| per head on 64
 sampled query rows of the timed input, so that for near_far they depend on the input:
 
-    normal   white noise: blocks have nothing in common, near blocks lie anywhere (the hardest case for memory traffic)
+    normal   white noise: blocks have nothing in common, near blocks lie anywhere
     smooth   a smooth field plus noise: near blocks are neighbours
     trained  q, k and v of the demo's model, picture 17 at 256 px, 12 calls side by side as 24 heads
 
@@ -25,6 +26,7 @@ import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +98,7 @@ def cases(quick: bool) -> Iterator[Case]:
         yield Case("cudnn", 16_896, n_kv=n_kv)
     for density in (0.05, 0.1, 0.2):
         yield Case("near_far", 16_400, "trained", density)
-    for quality in (0.02, 0.05, 0.1):
+    for quality in (0.02, 0.03, 0.05, 0.1):
         for settled in (False, True):
             yield Case("near_far", 16_400, "trained", quality=quality, settled=settled)
     for density in (0.05, 0.1, 0.2, 0.35, 0.5):
@@ -234,6 +236,17 @@ def gate(provider: str, d: int, dtype: torch.dtype) -> float:
     return float(relative(out, ref).max()) / rounding
 
 
+def version_of(provider: str) -> str | None:
+    """What is behind a provider, where that is not this package."""
+    package = {"sage": "sageattention", "sol_attn": "comfy-kitchen", "int8_attention": "comfy-kitchen"}.get(provider)
+    if provider == "cudnn":
+        return f"cuDNN {torch.backends.cudnn.version()}"
+    try:
+        return None if package is None else metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
 def measure(run: Callable[[], Tensor], reps: int) -> tuple[list[float], float]:
     """(sorted times in ms, peak temporary MiB) after two warm-up calls."""
     run()
@@ -255,7 +268,8 @@ def measure(run: Callable[[], Tensor], reps: int) -> tuple[list[float], float]:
 
 def row(case: Case, reps: int, environment: dict[str, Any]) -> dict[str, Any]:
     """The result of one case, or why there is none."""
-    what = {"provider": case.provider, "b": case.b, "h": case.h, "n": case.n, "d": case.d, "dtype": str(case.dtype).removeprefix("torch."),
+    what = {"provider": case.provider, "provider_version": version_of(case.provider), "b": case.b,
+            "h": case.h, "n": case.n, "d": case.d, "dtype": str(case.dtype).removeprefix("torch."),
             "options": case.options}
     try:
         passed = gate(case.provider, case.d, case.dtype)
@@ -270,7 +284,7 @@ def row(case: Case, reps: int, environment: dict[str, Any]) -> dict[str, Any]:
         run = PROVIDERS[case.provider](case)
     except ImportError as error:
         return {**what, "skipped": str(error), **environment}
-    times, peak = measure(lambda: run(q, k, v), reps if case.provider == "near_far" else max(3, reps // 2))
+    times, peak = measure(lambda: run(q, k, v), reps)
     rows = torch.randperm(case.n, generator=torch.Generator().manual_seed(0))[:ROWS].cuda()
     out = run(q, k, v)
     errors = relative(out[:, :, getattr(run, "places", torch.arange(case.n, device=q.device))[rows]], softmax_rows(q, k, v, rows))

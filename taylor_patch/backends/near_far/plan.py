@@ -28,7 +28,8 @@ PROBE_PROGRAMS = 528
 """Programs of the probe that are aimed at."""
 
 LARGEST_DENSITY = 0.55
-"""Mean share of exact blocks above which exact attention serves as well: 0.6 to 0.8, extrapolated (docs/performance.md), with a margin."""
+"""Mean share of exact blocks above which exact attention serves as well: 0.56 at 16,896 tokens and more beyond, extrapolated
+(docs/performance.md)."""
 
 CROSSOVER_TOKENS: dict[tuple[int, int], int] = {(9, 0): 8192}
 """Compute capability -> least tokens at which near_far was measured to be faster than exact attention (docs/performance.md)."""
