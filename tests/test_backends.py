@@ -14,8 +14,8 @@ import taylor_patch
 from taylor_patch.backends import near_far
 from taylor_patch.backends.base import Fallback, aligned
 from taylor_patch.backends.near_far import reference
-from taylor_patch.backends.taylor import TaylorOptions
-from taylor_patch.backends.taylor_torch import TaylorTorch
+from taylor_patch.backends.taylor.options import TaylorOptions
+from taylor_patch.backends.taylor.plain import TaylorTorch
 from taylor_patch.backends.tiles import tile_index
 from taylor_patch.call import AttentionCall, TokenGrid
 from taylor_patch.errors import BackendRefused

@@ -15,11 +15,11 @@ ON_GPU = torch.cuda.is_available()
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
 # ruff: noqa: E402
-from taylor_patch.backends import taylor_launch, taylor_plan, taylor_tuned
 from taylor_patch.backends.base import Fallback
-from taylor_patch.backends.taylor import TaylorOptions
-from taylor_patch.backends.taylor_torch import TaylorTorch
-from taylor_patch.backends.triton_taylor import MIB, TritonFull, TritonFused
+from taylor_patch.backends.taylor import launch, plan, tuned
+from taylor_patch.backends.taylor.gpu import MIB, TritonFull, TritonFused
+from taylor_patch.backends.taylor.options import TaylorOptions
+from taylor_patch.backends.taylor.plain import TaylorTorch
 from taylor_patch.call import AttentionCall
 
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
@@ -160,7 +160,7 @@ def test_value_chunks_and_float32_features():
 
 
 def test_split_over_the_sequence(monkeypatch):
-    monkeypatch.setattr(taylor_plan, "KEYS_A_SPLIT", 16)
+    monkeypatch.setattr(plan, "KEYS_A_SPLIT", 16)
     call = make(n=20, m=70, heads=1)
     out = check(TritonFull, call, P=4)
     assert torch.equal(out, check(TritonFull, call, P=4))
@@ -168,7 +168,7 @@ def test_split_over_the_sequence(monkeypatch):
 
 @pytest.mark.parametrize("blocks", [1, 2])
 def test_blocks_a_program(monkeypatch, blocks):
-    monkeypatch.setattr(taylor_tuned, "choose", lambda *_: taylor_tuned.Tile(32, 4, 2, blocks))
+    monkeypatch.setattr(tuned, "choose", lambda *_: tuned.Tile(32, 4, 2, blocks))
     check(TritonFused, make(d=20, heads=1, n=30, m=40), P=4, fused_feature_chunk_size=64 * 9)
 
 
@@ -219,8 +219,8 @@ def test_device_and_host_agree_on_the_limit(limit):
 @pytest.mark.parametrize("most_bad", [16, -1])
 def test_a_failed_probe_leaves_the_rest_undone(monkeypatch, most_bad):
     call = make(heads=1)
-    monkeypatch.setattr(taylor_launch, "_output", lambda q: torch.full_like(q, math.nan))
-    out, summary = taylor_launch.attend(call.q, call.k, call.v, None, None, None, call.scale, 4, False, True, 1, 0, 0, False,
+    monkeypatch.setattr(launch, "_output", lambda q: torch.full_like(q, math.nan))
+    out, summary = launch.attend(call.q, call.k, call.v, None, None, None, call.scale, 4, False, True, 1, 0, 0, False,
                                         False, True, 0, 0, 16, most_bad, 1e-6, 128 * MIB)
     assert summary[0].isfinite().all()
     assert bool(out.isfinite().all() if most_bad > 0 else out.isnan().all())
@@ -230,7 +230,7 @@ def test_operators_are_well_formed():
     call = make(heads=1)
     arguments = (call.q, call.k, call.v, None, None, None, call.scale, 3, False, True, 1, 0, 0, False, False, True, 0, 0)
     for samples in (0, 16):
-        torch.library.opcheck(taylor_launch.taylor_attention, (*arguments, samples, 0, 1e-6, 128 * MIB),
+        torch.library.opcheck(launch.taylor_attention, (*arguments, samples, 0, 1e-6, 128 * MIB),
                               test_utils=("test_schema", "test_faketensor"))
 
 

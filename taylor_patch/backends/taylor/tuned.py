@@ -1,4 +1,4 @@
-"""Tile sizes of the Taylor kernels by GPU architecture, as measured with benchmarks/taylor.py; nothing is tuned in a run."""
+"""Tile sizes of the Taylor kernels by GPU architecture, as measured with benchmarks/taylor_tiles.py; nothing is tuned in a run."""
 
 from __future__ import annotations
 
