@@ -64,7 +64,7 @@ def main() -> None:
                 row = {"kernel": kernel, "d": HEAD_DIM, "n": TOKENS, "h": HEADS, "dtype": "bfloat16", "options": SHAPES[shape],
                        "rows": tile.rows, "warps": tile.warps, "stages": tile.stages, "blocks_a_program": tile.blocks, **environment}
                 try:
-                    row |= measured(lambda backend=backend: backend.run(call), f"_{kernel}_kernel", expected)
+                    row |= measured(lambda backend=backend: backend.run(call), f"{kernel}_kernel", expected)
                 except Exception as error:  # a tile that does not fit the GPU is a finding, not the end
                     row["failed"] = f"{type(error).__name__}: {str(error)[:200]}"
                 tuned.choose = table

@@ -11,11 +11,11 @@ import triton.language as tl
 from torch import Tensor
 
 from taylor_patch.backends.taylor import tuned
-from taylor_patch.backends.taylor.kernels.accumulate import _accumulate_kernel
-from taylor_patch.backends.taylor.kernels.evaluate import _evaluate_kernel
-from taylor_patch.backends.taylor.kernels.moments import _moments_finish_kernel, _moments_kernel
-from taylor_patch.backends.taylor.kernels.probe import _probe_finish_kernel, _probe_kernel
-from taylor_patch.backends.taylor.kernels.statistics import _stats_kernel
+from taylor_patch.backends.taylor.kernels.accumulate import accumulate_kernel
+from taylor_patch.backends.taylor.kernels.evaluate import evaluate_kernel
+from taylor_patch.backends.taylor.kernels.moments import moments_finish_kernel, moments_kernel
+from taylor_patch.backends.taylor.kernels.probe import probe_finish_kernel, probe_kernel
+from taylor_patch.backends.taylor.kernels.statistics import stats_kernel
 from taylor_patch.backends.taylor.plan import Z_COLUMNS, Chunk, Plan, compute_dtype, item_nbytes, make_plan
 from taylor_patch.features import symmetric
 from taylor_patch.features.tiles import BLOCK, layout, pair_table
@@ -79,7 +79,7 @@ class _Moments:
         share, splits = _shares(plan.n_keys, plan.moment_splits(states), MOMENT_KEYS)
         rows = min(64, _ceil_power_of_two(dim))
         sums = torch.empty(splits, states, dim + 1, width + 1, dtype=torch.float32, device=k.device)
-        _moments_kernel[(-(-dim // rows), states, splits)](
+        moments_kernel[(-(-dim // rows), states, splits)](
             k, v, factor, weight, sums, plan.n_keys, share, root, states, first_state,
             *k.stride(), *v.stride(), _weight_stride(weight), **_geometry(plan), DV=width, DV_PAD=_ceil_power_of_two(width),
             V_FIRST=columns[0], ROWS=rows, BLOCK_N=MOMENT_KEYS, HAS_FACTOR=factor is not None, HAS_WEIGHT=weight is not None,
@@ -89,7 +89,7 @@ class _Moments:
 
         self.norm, self.mean, self.constant, self.z_linear = empty(), empty(dim), empty(width), empty(dim)
         self.linear = empty(dim, width, kind=dtype)
-        _moments_finish_kernel[(-(-dim // rows), states)](
+        moments_finish_kernel[(-(-dim // rows), states)](
             sums, self.norm, self.mean, self.constant, self.linear, self.z_linear, splits, ratio, D=dim, DV=width,
             DV_PAD=_ceil_power_of_two(width), ROWS=rows, CENTER=center, num_warps=4)
 
@@ -130,7 +130,7 @@ def _accumulate(plan: Plan, chunk: Chunk, first_state: int, states: int, columns
     target = out if splits == 1 else torch.empty(splits, *shape, dtype=torch.float32, device=k.device)
     z = torch.empty(splits, *shape[:2], dtype=torch.float32, device=k.device) if apart else None
     pairs = pair_table(plan.dim, chunk.degree, k.device)
-    _accumulate_kernel[(programs, states, splits)](
+    accumulate_kernel[(programs, states, splits)](
         k, v, factor, weight, moments.mean, moments.norm, pairs, leads[0], leads[1], probe.stats, target, z,
         plan.n_keys, share, root, ratio, probe.most_bad, states, first_state, chunk.first, chunk.last, leads[2], *k.stride(), *v.stride(),
         _weight_stride(weight), **_geometry(plan), DV=width, DV_ROW=row, DV_PAD=padded, V_FIRST=columns[0],
@@ -158,7 +158,7 @@ def _evaluate(plan: Plan, chunk: Chunk, number: int, first_state: int, states: i
     shape = layout(plan.dim, chunk.degree) if chunk.degree else None
     first_pair, last_pair = (shape.pair_of(chunk.first), shape.pair_of(chunk.last - 1) + 1) if shape else (0, 0)
     pairs = pair_table(plan.dim, chunk.degree, q.device) if chunk.degree else None
-    _evaluate_kernel[(-(-plan.n_queries // tile.rows), states * plan.group)](
+    evaluate_kernel[(-(-plan.n_queries // tile.rows), states * plan.group)](
         q, factor, s, z, moments.linear, moments.constant, moments.z_linear, pairs, leads[0], *partial, probe.stats, out, stats,
         plan.n_queries, root, eps, probe.most_bad, first_state, chunk.first, chunk.last, first_pair, last_pair, leads[2],
         *q.stride(), *out.stride(), **_geometry(plan), GROUP=plan.group, DV=width, DV_ROW=-(-width // 16) * 16,
@@ -261,7 +261,7 @@ def _partial_sums(plan: Plan, states: int, width: int, device: torch.device) -> 
 
 def _summarise(stats: Tensor, out: Tensor) -> None:
     """[..., 4] of parts -> out [4]: number of bad ones, least, greatest, sum."""
-    _stats_kernel[(1,)](stats, out, stats.numel() // 4, BLOCK=1024, num_warps=8)
+    stats_kernel[(1,)](stats, out, stats.numel() // 4, BLOCK=1024, num_warps=8)
 
 
 def _probe(plan: Plan, mean: Tensor, q: Tensor, k: Tensor, q_factor: Tensor | None, k_factor: Tensor | None, key_weight: Tensor | None,
@@ -274,12 +274,12 @@ def _probe(plan: Plan, mean: Tensor, q: Tensor, k: Tensor, q_factor: Tensor | No
     share, splits = _shares(plan.n_keys, plan.splits(rows), PROBE_KEYS)
     padded = _ceil_power_of_two(samples)
     sums = torch.empty(splits, rows, plan.terms, padded, dtype=torch.float32, device=q.device)
-    _probe_kernel[(rows, splits)](
+    probe_kernel[(rows, splits)](
         q, k, q_factor, k_factor, key_weight, mean, sums, plan.n_queries, plan.n_keys, share, samples,
         root, scale / root, *q.stride(), *k.stride(), _weight_stride(key_weight), **_geometry(plan), GROUP=plan.group,
         D_PAD=_ceil_power_of_two(plan.dim), SAMPLES=padded, P=plan.terms, P_PAD=1 << (plan.terms - 1).bit_length(), BLOCK_N=PROBE_KEYS,
         HAS_Q_FACTOR=q_factor is not None, HAS_K_FACTOR=k_factor is not None, HAS_WEIGHT=key_weight is not None, CENTER=center,
         **_precision(dtype), num_warps=4, num_stages=_stages(dtype))
     stats = torch.empty(rows, 4, dtype=torch.float32, device=q.device)
-    _probe_finish_kernel[(rows,)](sums, stats, splits, samples, eps, SAMPLES=padded, P=plan.terms, HERMITE=plan.hermite, num_warps=1)
+    probe_finish_kernel[(rows,)](sums, stats, splits, samples, eps, SAMPLES=padded, P=plan.terms, HERMITE=plan.hermite, num_warps=1)
     _summarise(stats, out)

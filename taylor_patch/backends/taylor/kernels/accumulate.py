@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from taylor_patch.backends.taylor.kernels.features import _columns, _coordinates, _lead, _state_index, _two_leads
+from taylor_patch.backends.taylor.kernels.features import coordinates, lead_monomial, state_index, tile_columns, two_leads
 
 
 @triton.jit
@@ -48,9 +48,9 @@ def _key_weights(k_base, factor_ptr, weight_ptr, weight_row, factor_row, leads_p
             scaling = tl.load(factor_ptr + factor_row + first + t, mask=ok, other=0.0) * root
         k = k_base + first * k_sn
         if PAIRED:
-            w0, w1 = tl.split(_two_leads(k, t, ok, lead, k_sn, k_sd, mean_ptr, scaling, D, CENTER) * w[:, None])
+            w0, w1 = tl.split(two_leads(k, t, ok, lead, k_sn, k_sd, mean_ptr, scaling, D, CENTER) * w[:, None])
         else:
-            w0 = w * _lead(k, t, ok, leads_ptr, lead, k_sn, k_sd, mean_ptr, scaling, D, DEGREE, CENTER)
+            w0 = w * lead_monomial(k, t, ok, leads_ptr, lead, k_sn, k_sd, mean_ptr, scaling, D, DEGREE, CENTER)
     return w0, w1
 
 
@@ -78,21 +78,21 @@ def _store_sums(s_ptr, z_ptr, block, state, rows_of_state, acc, z_acc, weight, s
 
 
 @triton.jit
-def _accumulate_kernel(k_ptr, v_ptr, factor_ptr, weight_ptr, mean_ptr, norm_ptr, pairs_ptr, leads_ptr, inverse_ptr, probe_ptr, s_ptr, z_ptr,
-                       n_keys, per_split, root, ratio, most_bad, states, first_state, first_block, last_block, first_lead,
-                       k_sb, k_sh, k_sn, k_sd, v_sb, v_sh, v_sn, v_sd, weight_sb,
-                       HEADS_KV: tl.constexpr, SUB: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DV_ROW: tl.constexpr, DV_PAD: tl.constexpr,
-                       V_FIRST: tl.constexpr, DEGREE: tl.constexpr, PAIRS: tl.constexpr,
-                       PAIRS_PAD: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_N: tl.constexpr, EVEN: tl.constexpr, CENTER: tl.constexpr,
-                       HAS_FACTOR: tl.constexpr, HAS_WEIGHT: tl.constexpr, PROBED: tl.constexpr, PARTIAL: tl.constexpr,
-                       SPLIT_Z: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+def accumulate_kernel(k_ptr, v_ptr, factor_ptr, weight_ptr, mean_ptr, norm_ptr, pairs_ptr, leads_ptr, inverse_ptr, probe_ptr, s_ptr, z_ptr,
+                      n_keys, per_split, root, ratio, most_bad, states, first_state, first_block, last_block, first_lead,
+                      k_sb, k_sh, k_sn, k_sd, v_sb, v_sh, v_sn, v_sd, weight_sb,
+                      HEADS_KV: tl.constexpr, SUB: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DV_ROW: tl.constexpr, DV_PAD: tl.constexpr,
+                      V_FIRST: tl.constexpr, DEGREE: tl.constexpr, PAIRS: tl.constexpr,
+                      PAIRS_PAD: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_N: tl.constexpr, EVEN: tl.constexpr, CENTER: tl.constexpr,
+                      HAS_FACTOR: tl.constexpr, HAS_WEIGHT: tl.constexpr, PROBED: tl.constexpr, PARTIAL: tl.constexpr,
+                      SPLIT_Z: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
     """BLOCKS (1 or 2) blocks of 64 features against the values, over one share of the keys.
 
     Two blocks of degree 2 have two pairs of tiles each and are one product of 128 features. Two of degree 3 are neighbouring leads of one
     pair (first_block and last_block are even), whose outer product is made once. s [splits, states, 64 * blocks, DV_ROW + 16]: with
     PARTIAL float32 sums, Z in the first of the 16 columns; otherwise the finished S and Z in s's dtype. In degree 3 the 16 columns are
     missing and Z goes to z [splits, states, blocks / 8, 64, 8] (first_block is a multiple of 8). Keys enter as
-    root * factor * k - mean. Every sum is in float32, in a fixed order. PROBED: as in _evaluate_kernel.
+    root * factor * k - mean. Every sum is in float32, in a fixed order. PROBED: as in evaluate_kernel.
     """
     if PROBED:  # noqa: SIM102 (only compiled where there is a probe)
         if tl.load(probe_ptr) > most_bad:
@@ -101,7 +101,7 @@ def _accumulate_kernel(k_ptr, v_ptr, factor_ptr, weight_ptr, mean_ptr, norm_ptr,
     TWIN: tl.constexpr = BLOCKS == 2 and DEGREE == 2
     FEATURES: tl.constexpr = 128 if TWIN else 64
     local, split = tl.program_id(1), tl.program_id(2)
-    b, head, sub = _state_index(first_state + local, HEADS_KV, SUB)
+    b, head, sub = state_index(first_state + local, HEADS_KV, SUB)
     k_base = k_ptr + b * k_sb + head * k_sh + sub * D * k_sd
     v_base = v_ptr + b * v_sb + head * v_sh + (sub * D + V_FIRST) * v_sd
     block = first_block + BLOCKS * tl.program_id(0)
@@ -115,13 +115,13 @@ def _accumulate_kernel(k_ptr, v_ptr, factor_ptr, weight_ptr, mean_ptr, norm_ptr,
     dv = tl.arange(0, DV_PAD)
     mean = mean_ptr + local * D
     if TWIN:
-        columns, right = _columns(a0, a1), _columns(b0, b1)
+        columns, right = tile_columns(a0, a1), tile_columns(b0, b1)
         right_mean = tl.load(mean + right, mask=right < D, other=0.0)
         spread = (c[None, :] == f[:, None] // 8).to(DTYPE)
         spread_right = (c[None, :] == (f[:, None] // 64) * 8 + f[:, None] % 8).to(DTYPE)
     else:
         r = tl.arange(0, 128)
-        columns = _columns(a0, b0)
+        columns = tile_columns(a0, b0)
         spread = (c[None, :] == tl.where(r < 64, r // 8, 8 + r % 8)[:, None]).to(DTYPE)
     column_mean = tl.load(mean + columns, mask=columns < D, other=0.0)
     ones = tl.where(z[None, :] == 0, 1.0, 0.0).to(DTYPE) + tl.zeros([BLOCK_N, 16], DTYPE)
@@ -142,12 +142,12 @@ def _accumulate_kernel(k_ptr, v_ptr, factor_ptr, weight_ptr, mean_ptr, norm_ptr,
         scaling = tl.zeros([BLOCK_N], tl.float32) + root
         if HAS_FACTOR:
             scaling = tl.load(factor_ptr + (b * HEADS_KV + head) * n_keys + first + t, mask=ok, other=0.0) * root
-        x = _coordinates(k, t, columns, ok, k_sn, k_sd, D, EVEN) * scaling[:, None]
+        x = coordinates(k, t, columns, ok, k_sn, k_sd, D, EVEN) * scaling[:, None]
         if CENTER:
             x -= column_mean[None, :]
         if TWIN:
             x *= w0[:, None]
-            y = _coordinates(k, t, right, ok, k_sn, k_sd, D, EVEN) * scaling[:, None]
+            y = coordinates(k, t, right, ok, k_sn, k_sd, D, EVEN) * scaling[:, None]
             if CENTER:
                 y -= right_mean[None, :]
         elif not PAIRED:

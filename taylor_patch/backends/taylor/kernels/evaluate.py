@@ -5,8 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from taylor_patch.backends.taylor.kernels.features import _coefficient, _columns, _coordinates, _lead, _state_index, _two_leads
-from taylor_patch.backends.taylor.kernels.statistics import _store_stats
+from taylor_patch.backends.taylor.kernels.features import coordinates, hermite_coefficient, lead_monomial, state_index, tile_columns, two_leads
+from taylor_patch.backends.taylor.kernels.statistics import store_stats
 
 
 @triton.jit
@@ -18,16 +18,16 @@ def _outer(x, spread, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _evaluate_kernel(q_ptr, factor_ptr, s_ptr, z_ptr, linear_ptr, constant_ptr, z_linear_ptr, pairs_ptr, leads_ptr,
-                     numerator_ptr, denominator_ptr, variance_ptr, probe_ptr, out_ptr, stats_ptr,
-                     n_queries, root, eps, most_bad, first_state, first_block, last_block, first_pair, last_pair, first_lead,
-                     q_sb, q_sh, q_sn, q_sd, o_sb, o_sh, o_sn, o_sd,
-                     HEADS_KV: tl.constexpr, GROUP: tl.constexpr, SUB: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-                     DV_ROW: tl.constexpr, DV_PAD: tl.constexpr, V_FIRST: tl.constexpr,
-                     P: tl.constexpr, DEGREE: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_M: tl.constexpr, LINEAR_STEP: tl.constexpr,
-                     EVEN: tl.constexpr, HERMITE: tl.constexpr, CENTER: tl.constexpr, HAS_FACTOR: tl.constexpr, SCALED: tl.constexpr,
-                     PROBED: tl.constexpr, FIRST: tl.constexpr, FOLD: tl.constexpr, LAST: tl.constexpr, SPLIT_Z: tl.constexpr,
-                     DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+def evaluate_kernel(q_ptr, factor_ptr, s_ptr, z_ptr, linear_ptr, constant_ptr, z_linear_ptr, pairs_ptr, leads_ptr,
+                    numerator_ptr, denominator_ptr, variance_ptr, probe_ptr, out_ptr, stats_ptr,
+                    n_queries, root, eps, most_bad, first_state, first_block, last_block, first_pair, last_pair, first_lead,
+                    q_sb, q_sh, q_sn, q_sd, o_sb, o_sh, o_sn, o_sd,
+                    HEADS_KV: tl.constexpr, GROUP: tl.constexpr, SUB: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+                    DV_ROW: tl.constexpr, DV_PAD: tl.constexpr, V_FIRST: tl.constexpr,
+                    P: tl.constexpr, DEGREE: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_M: tl.constexpr, LINEAR_STEP: tl.constexpr,
+                    EVEN: tl.constexpr, HERMITE: tl.constexpr, CENTER: tl.constexpr, HAS_FACTOR: tl.constexpr, SCALED: tl.constexpr,
+                    PROBED: tl.constexpr, FIRST: tl.constexpr, FOLD: tl.constexpr, LAST: tl.constexpr, SPLIT_Z: tl.constexpr,
+                    DTYPE: tl.constexpr, PRECISION: tl.constexpr):
     """What the blocks first_block <= i < last_block of one degree add to BLOCK_M queries; of degree 3 BLOCKS (1 or 2) a step.
 
     FIRST: sums start at zero, otherwise they are read from numerator [y, N_q, DV] and denominator [y, N_q] (float32). FOLD: this
@@ -40,7 +40,7 @@ def _evaluate_kernel(q_ptr, factor_ptr, s_ptr, z_ptr, linear_ptr, constant_ptr, 
         if tl.load(probe_ptr) > most_bad:
             return
     tile, local = tl.program_id(0), tl.program_id(1)
-    b, head, sub = _state_index(first_state + local // GROUP, HEADS_KV, SUB)
+    b, head, sub = state_index(first_state + local // GROUP, HEADS_KV, SUB)
     q_head = head * GROUP + local % GROUP
     state = (local // GROUP).to(tl.int64)
     m = tl.arange(0, BLOCK_M)
@@ -75,7 +75,7 @@ def _evaluate_kernel(q_ptr, factor_ptr, s_ptr, z_ptr, linear_ptr, constant_ptr, 
         right = tl.load(pairs_ptr + 3 * first_pair + 1)
         tl.assume(first_pair < last_pair)
         for pair in range(first_pair, last_pair):
-            x = _coordinates(q, m, _columns(a, right), ok, q_sn, q_sd, D, EVEN)
+            x = coordinates(q, m, tile_columns(a, right), ok, q_sn, q_sd, D, EVEN)
             if SCALED:
                 x *= scaling[:, None]
             right += 1
@@ -93,13 +93,13 @@ def _evaluate_kernel(q_ptr, factor_ptr, s_ptr, z_ptr, linear_ptr, constant_ptr, 
             z_acc = tl.zeros([BLOCK_M, 16], tl.float32)
         lead_scaling = tl.zeros([BLOCK_M], tl.float32) + 1.0
         if HERMITE:
-            lead_scaling = _coefficient(tl.load(variance_ptr + partial + m, mask=ok, other=0.0), DEGREE, P)
+            lead_scaling = hermite_coefficient(tl.load(variance_ptr + partial + m, mask=ok, other=0.0), DEGREE, P)
         for pair in range(first_pair, last_pair):
             start = tl.load(pairs_ptr + 3 * pair + 2)
             end = last_block
             if pair + 1 < last_pair:
                 end = tl.load(pairs_ptr + 3 * pair + 5)
-            x = _coordinates(q, m, _columns(tl.load(pairs_ptr + 3 * pair), tl.load(pairs_ptr + 3 * pair + 1)), ok, q_sn, q_sd, D, EVEN)
+            x = coordinates(q, m, tile_columns(tl.load(pairs_ptr + 3 * pair), tl.load(pairs_ptr + 3 * pair + 1)), ok, q_sn, q_sd, D, EVEN)
             if SCALED:
                 x *= scaling[:, None]
             both = _outer(x.to(DTYPE), spread, PRECISION) * lead_scaling[:, None]
@@ -116,28 +116,28 @@ def _evaluate_kernel(q_ptr, factor_ptr, s_ptr, z_ptr, linear_ptr, constant_ptr, 
                     part = tl.dot(outer, high, input_precision=PRECISION)
                     if SPLIT_Z:
                         part = tl.dot(outer, (sums - high.to(tl.float32)).to(DTYPE), part, input_precision=PRECISION)
-                    x = _coordinates(q, m, lead, ok, q_sn, q_sd, D, False) * scaling[:, None]
+                    x = coordinates(q, m, lead, ok, q_sn, q_sd, D, False) * scaling[:, None]
                     total += tl.sum(part * x, 1)
             if BLOCKS == 2 and DEGREE == 3:
-                ahead, beyond = tl.split(_two_leads(q, m, ok, begin - start, q_sn, q_sd, q_ptr, scaling, D, False))
+                ahead, beyond = tl.split(two_leads(q, m, ok, begin - start, q_sn, q_sd, q_ptr, scaling, D, False))
                 for block in range(begin, end, 2):
                     done = tl.sum(acc, 1) * 0.0  # as below
                     psi = (both * (ahead + done)[:, None]).to(DTYPE)
                     following = (both * (beyond + done)[:, None]).to(DTYPE)
                     next_lead = tl.minimum(block + 2, end - 2) - start
-                    ahead, beyond = tl.split(_two_leads(q, m, ok, next_lead, q_sn, q_sd, q_ptr, scaling, D, False))
+                    ahead, beyond = tl.split(two_leads(q, m, ok, next_lead, q_sn, q_sd, q_ptr, scaling, D, False))
                     here = s + (block - first_block) * 64 * ROW + dv[None, :]
                     acc = tl.dot(psi, tl.load(here, mask=dv_ok, other=0.0).to(DTYPE), acc, input_precision=PRECISION)
                     acc = tl.dot(following, tl.load(here + 64 * ROW, mask=dv_ok, other=0.0).to(DTYPE), acc, input_precision=PRECISION)
             else:
-                ahead = _lead(q, m, ok, leads_ptr, begin - start - first_lead, q_sn, q_sd, q_ptr, scaling, D, DEGREE, False)
+                ahead = lead_monomial(q, m, ok, leads_ptr, begin - start - first_lead, q_sn, q_sd, q_ptr, scaling, D, DEGREE, False)
                 for block in range(begin, end):
                     # Zero, but not known before the products of the last step are done. Without it the next features overwrite
                     # registers that those products still read: the compiler (Triton 3.6) leaves seven of them in flight.
                     done = tl.sum(acc, 1) * 0.0
                     psi = (both * (ahead + done)[:, None]).to(DTYPE)
                     next_lead = tl.minimum(block + 1, end - 1) - start - first_lead
-                    ahead = _lead(q, m, ok, leads_ptr, next_lead, q_sn, q_sd, q_ptr, scaling, D, DEGREE, False)
+                    ahead = lead_monomial(q, m, ok, leads_ptr, next_lead, q_sn, q_sd, q_ptr, scaling, D, DEGREE, False)
                     here = s + (block - first_block) * 64 * ROW
                     acc = tl.dot(psi, tl.load(here + dv[None, :], mask=dv_ok, other=0.0).to(DTYPE), acc, input_precision=PRECISION)
                     if DEGREE > 3:
@@ -151,9 +151,9 @@ def _evaluate_kernel(q_ptr, factor_ptr, s_ptr, z_ptr, linear_ptr, constant_ptr, 
         c1 = c0
         if HERMITE:
             variance = 2.0 * total
-            c0, c1 = _coefficient(variance, 0, P), _coefficient(variance, 1, P)
+            c0, c1 = hermite_coefficient(variance, 0, P), hermite_coefficient(variance, 1, P)
             if P > 2:
-                c2 = _coefficient(variance, 2, P)
+                c2 = hermite_coefficient(variance, 2, P)
                 acc *= c2[:, None]
                 total *= c2
             if not LAST:
@@ -163,7 +163,7 @@ def _evaluate_kernel(q_ptr, factor_ptr, s_ptr, z_ptr, linear_ptr, constant_ptr, 
             linear = linear_ptr + state * D * DV
             for first in tl.range(0, D, LINEAR_STEP, num_stages=1):
                 i = first + step
-                x = _coordinates(q, m, i, ok, q_sn, q_sd, D, False) * (scaling * c1)[:, None]
+                x = coordinates(q, m, i, ok, q_sn, q_sd, D, False) * (scaling * c1)[:, None]
                 s1 = tl.load(linear + i[:, None] * DV + dv[None, :], mask=(i < D)[:, None] & (dv < DV)[None, :], other=0.0)
                 acc = tl.dot(x.to(DTYPE), s1.to(DTYPE), acc, input_precision=PRECISION)
                 if not CENTER:
@@ -175,7 +175,7 @@ def _evaluate_kernel(q_ptr, factor_ptr, s_ptr, z_ptr, linear_ptr, constant_ptr, 
         tl.store(out + m[:, None] * o_sn + dv[None, :] * o_sd, (acc / total[:, None]).to(out_ptr.dtype.element_ty),
                  mask=ok[:, None] & (dv < DV)[None, :])
         stats = stats_ptr + ((first_state * GROUP + local).to(tl.int64) * tl.num_programs(0) + tile) * 4
-        _store_stats(stats, total, ok, eps)
+        store_stats(stats, total, ok, eps)
     else:
         tl.store(numerator_ptr + partial * DV + m[:, None] * DV + dv[None, :], acc, mask=value_ok)
         tl.store(denominator_ptr + partial + m, total, mask=ok)

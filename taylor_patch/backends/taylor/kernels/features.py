@@ -7,14 +7,14 @@ import triton.language as tl
 
 
 @triton.jit
-def _state_index(state, HEADS_KV: tl.constexpr, SUB: tl.constexpr):
+def state_index(state, HEADS_KV: tl.constexpr, SUB: tl.constexpr):
     """State number -> batch entry, key head and sub-head block, int64."""
     state = state.to(tl.int64)
     return state // (HEADS_KV * SUB), (state // SUB) % HEADS_KV, state % SUB
 
 
 @triton.jit
-def _coordinates(base, tokens, columns, token_ok, stride_n, stride_d, D: tl.constexpr, EVEN: tl.constexpr):
+def coordinates(base, tokens, columns, token_ok, stride_n, stride_d, D: tl.constexpr, EVEN: tl.constexpr):
     """x [tokens, columns] in float32; zeros for tokens that are not there and coordinates of D and above."""
     ok = token_ok[:, None]
     if not EVEN:
@@ -23,14 +23,14 @@ def _coordinates(base, tokens, columns, token_ok, stride_n, stride_d, D: tl.cons
 
 
 @triton.jit
-def _columns(first, second):
+def tile_columns(first, second):
     """16 coordinates: tile `first`, then tile `second`."""
     c = tl.arange(0, 16)
     return tl.max_contiguous(tl.multiple_of(tl.where(c < 8, first * 8 + c, second * 8 + c - 8), 8), 8)
 
 
 @triton.jit
-def _coefficient(variance, POWER: tl.constexpr, P: tl.constexpr):
+def hermite_coefficient(variance, POWER: tl.constexpr, P: tl.constexpr):
     """Hermite coefficient of x^POWER / POWER!: sum over m with POWER + 2m < P of (-variance / 2)^m / m!."""
     total = tl.full(variance.shape, 1.0, tl.float32)
     term = total
@@ -41,8 +41,8 @@ def _coefficient(variance, POWER: tl.constexpr, P: tl.constexpr):
 
 
 @triton.jit
-def _lead(base, tokens, ok, leads_ptr, lead, stride_n, stride_d, shift_ptr, root, D: tl.constexpr, DEGREE: tl.constexpr,
-          SHIFT: tl.constexpr):
+def lead_monomial(base, tokens, ok, leads_ptr, lead, stride_n, stride_d, shift_ptr, root, D: tl.constexpr, DEGREE: tl.constexpr,
+                  SHIFT: tl.constexpr):
     """Product over the lead monomial's coordinates of root * x - shift, [tokens] float32; root and shift as the caller has them.
 
     In degree 3 the lead is one coordinate and its rank; above, the table holds DEGREE - 2 coordinates a lead.
@@ -61,10 +61,10 @@ def _lead(base, tokens, ok, leads_ptr, lead, stride_n, stride_d, shift_ptr, root
 
 
 @triton.jit
-def _two_leads(base, tokens, ok, lead, stride_n, stride_d, shift_ptr, scaling, D: tl.constexpr, SHIFT: tl.constexpr):
-    """Leads `lead` (even) and lead + 1 of degree 3 as [tokens, 2], each as _lead has it; one load, so half the addresses."""
+def two_leads(base, tokens, ok, lead, stride_n, stride_d, shift_ptr, scaling, D: tl.constexpr, SHIFT: tl.constexpr):
+    """Leads `lead` (even) and lead + 1 of degree 3 as [tokens, 2], each as lead_monomial has it; one load, so half the addresses."""
     two = tl.multiple_of(lead, 2) + tl.arange(0, 2)
-    x = _coordinates(base, tokens, two, ok, stride_n, stride_d, D, False) * scaling[:, None]
+    x = coordinates(base, tokens, two, ok, stride_n, stride_d, D, False) * scaling[:, None]
     if SHIFT:
         x -= tl.load(shift_ptr + two, mask=two < D, other=0.0)[None, :]
     return x

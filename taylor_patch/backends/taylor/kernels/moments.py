@@ -5,19 +5,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from taylor_patch.backends.taylor.kernels.features import _coordinates, _state_index
+from taylor_patch.backends.taylor.kernels.features import coordinates, state_index
 
 
 @triton.jit
-def _moments_kernel(k_ptr, v_ptr, factor_ptr, weight_ptr, out_ptr, n_keys, per_split, root, states, first_state,
-                    k_sb, k_sh, k_sn, k_sd, v_sb, v_sh, v_sn, v_sd, weight_sb,
-                    HEADS_KV: tl.constexpr, SUB: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr,
-                    V_FIRST: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
-                    HAS_FACTOR: tl.constexpr, HAS_WEIGHT: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+def moments_kernel(k_ptr, v_ptr, factor_ptr, weight_ptr, out_ptr, n_keys, per_split, root, states, first_state,
+                   k_sb, k_sh, k_sn, k_sd, v_sb, v_sh, v_sn, v_sd, weight_sb,
+                   HEADS_KV: tl.constexpr, SUB: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr,
+                   V_FIRST: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
+                   HAS_FACTOR: tl.constexpr, HAS_WEIGHT: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
     """Sums over one share of the keys, x = root * factor * k: out [splits, states, D + 1, DV + 1] float32 holds
     sum w x v', sum w x (last column), sum w v (last row) and sum w (corner)."""
     rows_id, local, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    b, head, sub = _state_index(first_state + local, HEADS_KV, SUB)
+    b, head, sub = state_index(first_state + local, HEADS_KV, SUB)
     k_base = k_ptr + b * k_sb + head * k_sh + sub * D * k_sd
     v_base = v_ptr + b * v_sb + head * v_sh + (sub * D + V_FIRST) * v_sd
     r = rows_id * ROWS + tl.arange(0, ROWS)
@@ -32,7 +32,7 @@ def _moments_kernel(k_ptr, v_ptr, factor_ptr, weight_ptr, out_ptr, n_keys, per_s
     for start in range(begin, end, BLOCK_N):
         first = tl.cast(start, tl.int64)
         ok = start + t < n_keys
-        x = _coordinates(k_base + first * k_sn, t, r, ok, k_sn, k_sd, D, False) * root
+        x = coordinates(k_base + first * k_sn, t, r, ok, k_sn, k_sd, D, False) * root
         v = tl.load(v_base + first * v_sn + t[:, None] * v_sn + c[None, :] * v_sd, mask=ok[:, None] & (c < DV)[None, :], other=0.0)
         w = ok.to(tl.float32)
         if HAS_WEIGHT:
@@ -53,9 +53,9 @@ def _moments_kernel(k_ptr, v_ptr, factor_ptr, weight_ptr, out_ptr, n_keys, per_s
 
 
 @triton.jit
-def _moments_finish_kernel(sums_ptr, norm_ptr, mean_ptr, constant_ptr, linear_ptr, z_linear_ptr, splits, ratio,
-                           D: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr, ROWS: tl.constexpr, CENTER: tl.constexpr):
-    """Shares of _moments_kernel added and divided by the sum of weights: norm [states] = 1 / sum w, mean [states, D] of x,
+def moments_finish_kernel(sums_ptr, norm_ptr, mean_ptr, constant_ptr, linear_ptr, z_linear_ptr, splits, ratio,
+                          D: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr, ROWS: tl.constexpr, CENTER: tl.constexpr):
+    """Shares of moments_kernel added and divided by the sum of weights: norm [states] = 1 / sum w, mean [states, D] of x,
     constant [states, DV] = mean of v, linear [states, D, DV] = ratio * mean of x v' (x centred with CENTER), z_linear = ratio * mean."""
     rows_id, state = tl.program_id(0), tl.program_id(1)
     r = rows_id * ROWS + tl.arange(0, ROWS)

@@ -7,7 +7,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _store_stats(stats, denominator, ok, eps):
+def store_stats(stats, denominator, ok, eps):
     """How many of the denominators are not above eps, the least, the greatest, the sum."""
     tl.store(stats, tl.sum((ok & ~(denominator > eps)).to(tl.float32), 0))
     tl.store(stats + 1, tl.min(tl.where(ok, denominator, float("inf")), 0))
@@ -16,7 +16,7 @@ def _store_stats(stats, denominator, ok, eps):
 
 
 @triton.jit
-def _stats_kernel(stats_ptr, out_ptr, n, BLOCK: tl.constexpr):
+def stats_kernel(stats_ptr, out_ptr, n, BLOCK: tl.constexpr):
     """stats [n, 4] of parts -> out [4], in one program."""
     i = tl.arange(0, BLOCK)
     bad, total = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
