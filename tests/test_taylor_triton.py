@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -224,6 +225,34 @@ def test_a_failed_probe_leaves_the_rest_undone(monkeypatch, most_bad):
                                         False, True, 0, 0, 16, most_bad, 1e-6, 128 * MIB)
     assert summary[0].isfinite().all()
     assert bool(out.isfinite().all() if most_bad > 0 else out.isnan().all())
+
+
+def test_kernels_are_launched_with_the_device_of_q_current(monkeypatch):
+    seen, current = [], []
+
+    @contextmanager
+    def launching_on(device):
+        current.append(device)
+        yield
+        current.pop()
+
+    class Recorded:
+        def __init__(self, name, kernel):
+            self.name, self.kernel = name, kernel
+
+        def __getitem__(self, grid):
+            seen.append((self.name, list(current)))
+            return self.kernel[grid]
+
+    kernels = {name: kernel for name, kernel in vars(launch).items() if name.endswith("_kernel")}
+    for name, kernel in kernels.items():
+        monkeypatch.setattr(launch, name, Recorded(name, kernel))
+    monkeypatch.setattr(launch, "launching_on", launching_on)
+    call = make(n=20, m=20, heads=1)
+    for options in (TaylorOptions(P=3), TaylorOptions(P=2)):  # the probe goes after the first chunk, or before everything
+        TritonFull(options).run(call)
+    assert {name for name, _ in seen} == set(kernels) and len(kernels) == 7
+    assert all(devices == [call.q.device] for _, devices in seen), seen
 
 
 def test_operators_are_well_formed():

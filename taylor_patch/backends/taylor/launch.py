@@ -10,6 +10,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from taylor_patch.backends.base import launching_on
 from taylor_patch.backends.taylor import tuned
 from taylor_patch.backends.taylor.kernels.accumulate import accumulate_kernel
 from taylor_patch.backends.taylor.kernels.evaluate import evaluate_kernel
@@ -224,29 +225,30 @@ def attend(q: Tensor, k: Tensor, v: Tensor, q_factor: Tensor | None, k_factor: T
     # A small first chunk goes before the probe: it keeps the device busy while the host launches the probe's kernels.
     late = samples > 0 and plan.states_at_once == plan.states and plan.chunks[0].blocks * 10 <= sum(chunk.blocks for chunk in plan.chunks)
     kept, probe = None, _Probe(None, 0.0)
-    if samples and not late:
-        shared = plan.states_at_once == plan.states
-        first = moments_of(0, plan.states, plan.value_columns[0] if shared else (0, min(16, plan.width)))
-        kept, probe = first if shared else None, probed(first.mean)
-        del first
-    for columns in plan.value_columns:
-        for first_state in range(0, plan.states, plan.states_at_once):
-            states = min(plan.states_at_once, plan.states - first_state)
-            moments = kept or moments_of(first_state, states, columns)
-            kept = None
-            partial = _partial_sums(plan, states, columns[1] - columns[0], q.device)
-            for number, chunk in enumerate(plan.chunks):
-                leads = _lead_tables(plan, chunk, q.device)
-                s = z = None
-                if chunk.blocks:
-                    s, z = _accumulate(plan, chunk, first_state, states, columns, moments, k, v, k_factor, key_weight, probe, root, ratio,
-                                    center, dtype, store, denom_fp32, block_k, leads)
-                if late:
-                    probe, late = probed(moments.mean), False
-                _evaluate(plan, chunk, number, first_state, states, columns, moments, s, z, q, q_factor, partial, probe, out, stats, root,
-                          center, denom_fp32, eps, dtype, tile, leads)
-                del s, z
-    _summarise(stats, summary[1])
+    with launching_on(q.device):
+        if samples and not late:
+            shared = plan.states_at_once == plan.states
+            first = moments_of(0, plan.states, plan.value_columns[0] if shared else (0, min(16, plan.width)))
+            kept, probe = first if shared else None, probed(first.mean)
+            del first
+        for columns in plan.value_columns:
+            for first_state in range(0, plan.states, plan.states_at_once):
+                states = min(plan.states_at_once, plan.states - first_state)
+                moments = kept or moments_of(first_state, states, columns)
+                kept = None
+                partial = _partial_sums(plan, states, columns[1] - columns[0], q.device)
+                for number, chunk in enumerate(plan.chunks):
+                    leads = _lead_tables(plan, chunk, q.device)
+                    s = z = None
+                    if chunk.blocks:
+                        s, z = _accumulate(plan, chunk, first_state, states, columns, moments, k, v, k_factor, key_weight, probe, root, ratio,
+                                           center, dtype, store, denom_fp32, block_k, leads)
+                    if late:
+                        probe, late = probed(moments.mean), False
+                    _evaluate(plan, chunk, number, first_state, states, columns, moments, s, z, q, q_factor, partial, probe, out, stats, root,
+                              center, denom_fp32, eps, dtype, tile, leads)
+                    del s, z
+        _summarise(stats, summary[1])
     return out, summary
 
 
