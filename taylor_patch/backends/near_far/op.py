@@ -219,5 +219,4 @@ def attend_round(plan: plans.Plan, space: dict[str, Tensor], q: Tensor, out: Ten
         space["column_scale"], space["far"], space["list"], space["count"], space["order"],
         space["column_scale"] if settled is None else settled.setting, not_finite, scale, first * plan.group, plan.heads, plan.group,
         keys.blocks, keys.image_blocks, queries.blocks, queries.image_blocks, plan.far_stride, *queries.geometry, plan.head_dim, plan.dim,
-        tiles.far, plan.biased, TAILS[tail], settled is not None, tma, tiles.stages, tiles.far_stages, _precision(plan), num_warps=tiles.warps,
-        maxnreg=tiles.registers or None)
+        tiles.far, plan.biased, TAILS[tail], settled is not None, tma, tiles.stages, tiles.far_stages, _precision(plan), num_warps=tiles.warps)

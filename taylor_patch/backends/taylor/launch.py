@@ -138,7 +138,7 @@ def _accumulate(plan: Plan, chunk: Chunk, first_state: int, states: int, columns
         DEGREE=chunk.degree, PAIRS=len(pairs), PAIRS_PAD=_ceil_power_of_two(len(pairs)), BLOCKS=tile.blocks, BLOCK_N=tile.rows,
         EVEN=plan.dim % 8 == 0, CENTER=center, HAS_FACTOR=factor is not None, HAS_WEIGHT=weight is not None,
         PROBED=probe.stats is not None, PARTIAL=splits > 1, SPLIT_Z=denom_fp32, **_precision(dtype), num_warps=tile.warps,
-        num_stages=tile.stages, maxnreg=tile.registers or None)
+        num_stages=tile.stages)
     if splits > 1:
         total = target.sum(0)
         out.copy_(total)
@@ -167,8 +167,7 @@ def _evaluate(plan: Plan, chunk: Chunk, number: int, first_state: int, states: i
         LINEAR_STEP=min(64, _ceil_power_of_two(plan.dim)), EVEN=plan.dim % 8 == 0, HERMITE=plan.hermite, CENTER=center,
         HAS_FACTOR=factor is not None, SCALED=dtype == torch.float16 or factor is not None, PROBED=probe.stats is not None,
         FIRST=number == 0, FOLD=chunk.degree <= 2 and (last or chunks[number + 1].degree > 2), LAST=last,
-        SPLIT_Z=denom_fp32 and dtype != torch.float32, **_precision(dtype), num_warps=tile.warps, num_stages=tile.stages,
-        maxnreg=tile.registers or None)
+        SPLIT_Z=denom_fp32 and dtype != torch.float32, **_precision(dtype), num_warps=tile.warps, num_stages=tile.stages)
 
 
 def _output(q: Tensor) -> Tensor:
