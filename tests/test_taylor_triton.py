@@ -1,6 +1,7 @@
 """triton_full and triton_fused against the float64 polynomial. Without a GPU the kernels run in Triton's interpreter, which
 multiplies bfloat16 wrongly, so that bfloat16 features are float32 there."""
 
+import gc
 import math
 import os
 import subprocess
@@ -22,6 +23,7 @@ from taylor_patch.backends.taylor.gpu import MIB, TritonFull, TritonFused
 from taylor_patch.backends.taylor.options import TaylorOptions
 from taylor_patch.backends.taylor.plain import TaylorTorch
 from taylor_patch.call import AttentionCall
+from taylor_patch.testing.memory import peak_nbytes
 
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 ALLOWANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3}
@@ -173,6 +175,43 @@ def test_blocks_a_program(monkeypatch, blocks):
     check(TritonFused, make(d=20, heads=1, n=30, m=40), P=4, fused_feature_chunk_size=64 * 9)
 
 
+def tiles_of(monkeypatch):
+    """Kernel -> rows of the tiles that are chosen from here on."""
+    found, choose = {}, tuned.choose
+
+    def record(kernel, *about):
+        tile = choose(kernel, *about)
+        found.setdefault(kernel, set()).add(tile.rows)
+        return tile
+
+    monkeypatch.setattr(tuned, "choose", record)
+    return found
+
+
+@pytest.mark.parametrize(("rows_q", "rows_k"), [(16, 128), (128, 16)])
+def test_block_sizes(monkeypatch, rows_q, rows_k):
+    tiles = tiles_of(monkeypatch)
+    check(TritonFull, make(heads=1, n=40, m=150), P=3, block_size_q=rows_q, block_size_k=rows_k)
+    assert tiles == {"evaluate": {rows_q}, "accumulate": {rows_k}}
+
+
+def test_preset_seed(monkeypatch):
+    call, tiles = make(d=32, heads=1, n=20, m=30), tiles_of(monkeypatch)
+    out = check(TritonFull, call, preset="seed")
+    assert tiles == {"evaluate": {32}, "accumulate": {16}}
+    assert torch.equal(out, check(TritonFull, call, P=4, sub_head_blocks=4, block_size_q=32, block_size_k=16))
+    assert relative(out, dense(call, TaylorOptions(P=4))) > 0.01
+
+
+def test_probe_samples():
+    backend = TritonFull(TaylorOptions(P=2, probe_samples=7))
+    backend.run(make(n=30, m=30))
+    assert backend.last_probe.count == 2 * 7
+    backend = TritonFull(TaylorOptions(P=2, probe_samples=50))
+    backend.run(make(n=30, m=30))
+    assert backend.last_probe.count == 2 * 30
+
+
 def test_heads_in_chunks(monkeypatch):
     call = make(heads=2, batch=2, n=20, m=20)
     whole = check(TritonFull, call, P=3)
@@ -282,6 +321,25 @@ def test_no_product_has_its_registers_overwritten():
     assert done.returncode == 0 and not done.stdout, done.stdout + done.stderr[-2000:]
 
 
+@pytest.mark.skipif(ON_GPU, reason="test_workspace_is_what_torch_allocates asks the same on a GPU")
+@pytest.mark.parametrize(("kind", "options"), [(TritonFull, dict(P=3, qk_norm_clip=9.0)), (TritonFused, dict(fused_feature_chunk_size=1024))],
+                         ids=lambda value: str(getattr(value, "name", value)))
+def test_workspace_holds_with_probe_and_fallback(monkeypatch, kind, options):
+    accumulate = launch._accumulate
+
+    def after_collection(*arguments):
+        gc.collect()  # Triton's interpreter leaves the arguments of a launch in reference cycles
+        return accumulate(*arguments)
+
+    monkeypatch.setattr(launch, "_accumulate", after_collection)
+    call = make(n=20, m=20, heads=1, shift=0.0)
+    backend = kind(TaylorOptions(**options))
+    backend.run(call)
+    assert backend.last_probe is not None and backend.last_denominators is not None
+    used = peak_nbytes(lambda: backend.run(call), [call.q, call.k, call.v]) - call.q.numel() * call.q.element_size()
+    assert used == pytest.approx(backend.workspace_nbytes(call), rel=0.05), used
+
+
 gpu = pytest.mark.gpu
 needs_gpu = pytest.mark.skipif(not ON_GPU, reason="no CUDA device")
 
@@ -307,20 +365,16 @@ def test_full_heads_of_degree_three_on_the_gpu():
 
 @gpu
 @needs_gpu
-def test_workspace_is_what_torch_allocates():
-    cases = ((TritonFull, dict(P=3), 16_896), (TritonFused, dict(P=4), 4_096), (TritonFull, dict(P=4, sub_head_blocks=4), 4_096),
-             (TritonFull, dict(P=3, qk_norm_clip=9.0), 16_896))
-    for kind, options, n in cases:
-        call = make(n=n, m=n, d=128, heads=24, dtype=torch.bfloat16, shift=0.0)
-        backend = kind(TaylorOptions(early_probe=False, fallback_on_negative=False, **options))
-        backend.run(call)
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        out = backend.run(call)
-        torch.cuda.synchronize()
-        used = torch.cuda.max_memory_allocated() - before - out.numel() * out.element_size()
-        assert used == pytest.approx(backend.workspace_nbytes(call), rel=0.05), (kind.name, options, used)
+@pytest.mark.parametrize("checked", [{}, {"early_probe": False, "fallback_on_negative": False}], ids=["default", "no checks"])
+@pytest.mark.parametrize(("kind", "options", "n"), [
+    (TritonFull, dict(P=3), 16_896), (TritonFused, dict(P=4), 4_096), (TritonFull, dict(P=4, sub_head_blocks=4), 4_096),
+    (TritonFull, dict(P=3, qk_norm_clip=9.0), 16_896)], ids=lambda value: str(getattr(value, "name", value)))
+def test_workspace_is_what_torch_allocates(kind, options, n, checked):
+    call = make(n=n, m=n, d=128, heads=24, dtype=torch.bfloat16, shift=0.0)
+    backend = kind(TaylorOptions(**checked, **options))
+    backend.run(call)  # what is kept from call to call is there now
+    used = peak_nbytes(lambda: backend.run(call), [call.q, call.k, call.v]) - call.q.numel() * call.q.element_size()
+    assert used == pytest.approx(backend.workspace_nbytes(call), rel=0.05), used
 
 
 @gpu
