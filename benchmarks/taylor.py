@@ -24,8 +24,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import record
 from taylor_patch.backends.base import Backend, Fallback
-from taylor_patch.backends.taylor import TaylorOptions
-from taylor_patch.backends.triton_taylor import TritonFull, TritonFused
+from taylor_patch.backends.taylor.gpu import TritonFull, TritonFused
+from taylor_patch.backends.taylor.options import TaylorOptions
 from taylor_patch.call import AttentionCall
 
 ROWS = 64

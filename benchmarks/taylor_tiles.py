@@ -1,6 +1,6 @@
 """Time the Taylor kernels with different tiles: `python -m benchmarks.taylor_tiles [--only d32] [--out FILE]`.
 
-taylor_patch/backends/taylor_tuned.py holds what wins here. A row says how long all launches of one kernel took in one call (torch's
+taylor_patch/backends/taylor/tuned.py holds what wins here. A row says how long all launches of one kernel took in one call (torch's
 profiler, median of the calls) with that kernel's tile changed and the other's as it is in the table. A tile whose result differs
 from the table's by more than rounding, or that does not compile, is reported in its row and not timed.
 """
@@ -18,9 +18,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import record
-from taylor_patch.backends import taylor_tuned as tuned
-from taylor_patch.backends.taylor import TaylorOptions
-from taylor_patch.backends.triton_taylor import TritonFull
+from taylor_patch.backends.taylor import tuned
+from taylor_patch.backends.taylor.gpu import TritonFull
+from taylor_patch.backends.taylor.options import TaylorOptions
 from taylor_patch.call import AttentionCall
 
 SHAPES: dict[str, dict[str, Any]] = {"d32": {"P": 4, "sub_head_blocks": 4}, "d128": {"P": 3}}
@@ -64,7 +64,7 @@ def main() -> None:
                 row = {"kernel": kernel, "d": HEAD_DIM, "n": TOKENS, "h": HEADS, "dtype": "bfloat16", "options": SHAPES[shape],
                        "rows": tile.rows, "warps": tile.warps, "stages": tile.stages, "blocks_a_program": tile.blocks, **environment}
                 try:
-                    row |= measured(lambda backend=backend: backend.run(call), f"_{kernel}_kernel", expected)
+                    row |= measured(lambda backend=backend: backend.run(call), f"{kernel}_kernel", expected)
                 except Exception as error:  # a tile that does not fit the GPU is a finding, not the end
                     row["failed"] = f"{type(error).__name__}: {str(error)[:200]}"
                 tuned.choose = table

@@ -26,10 +26,10 @@ LOG_FILE_LIMIT = 16 << 20
 
 
 class Timer:
-    """Milliseconds between start and stop: events on CUDA's stream, read later; the clock elsewhere."""
+    """Milliseconds between start and stop: events on the current stream of a CUDA device, read later; the clock elsewhere."""
 
     def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
+        self._device, self._cuda = device, device.type == "cuda"
         self._start = self._mark()
         self._stop: Any = None
 
@@ -37,7 +37,7 @@ class Timer:
         if not self._cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self._device))
         return event
 
     def stop(self) -> None:

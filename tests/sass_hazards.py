@@ -14,7 +14,9 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from taylor_patch.backends import taylor_kernels, taylor_tuned
+from taylor_patch.backends.taylor import tuned
+from taylor_patch.backends.taylor.kernels.accumulate import accumulate_kernel
+from taylor_patch.backends.taylor.kernels.evaluate import evaluate_kernel
 
 TYPES = {"pairs_ptr": "*i32", "leads_ptr": "*i32", "root": "fp32", "ratio": "fp32", "eps": "fp32", "most_bad": "fp32"}
 TYPES |= dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "s_ptr", "out_ptr", "linear_ptr"), "*bf16")
@@ -70,19 +72,19 @@ def main():
         sizes = dict(D=width, DV=width, DV_ROW=width, DV_PAD=width)
         pairs = width // 8 * (width // 8 + 1) // 2
         for degree in (2, 3):
-            tile = taylor_tuned.EVALUATE[9, 0][width]
+            tile = tuned.EVALUATE[9, 0][width]
             first = degree == 2
             constants = dict(shared, **sizes, GROUP=1, P=degree + 1, DEGREE=degree, BLOCKS=tile.blocks, BLOCK_M=tile.rows,
                              LINEAR_STEP=min(64, width), HERMITE=False, SCALED=False, FIRST=first, FOLD=first, LAST=first,
                              SPLIT_Z=True, q_sd=1, o_sd=1)
             if first:
                 constants |= dict(numerator_ptr=None, denominator_ptr=None, variance_ptr=None)
-            for found in hazards(sass(taylor_kernels._evaluate_kernel, constants, tile)):
+            for found in hazards(sass(evaluate_kernel, constants, tile)):
                 print("evaluate", width, degree, found)
-            tile = taylor_tuned.choose("accumulate", (9, 0), degree, width, 2, 0)
+            tile = tuned.choose("accumulate", (9, 0), degree, width, 2, 0)
             constants = dict(shared, **sizes, weight_ptr=None, inverse_ptr=None, DEGREE=degree, PAIRS=pairs, PAIRS_PAD=256, BLOCKS=tile.blocks,
                              BLOCK_N=tile.rows, HAS_WEIGHT=False, PARTIAL=False, SPLIT_Z=True, k_sd=1, v_sd=1)
-            for found in hazards(sass(taylor_kernels._accumulate_kernel, constants, tile)):
+            for found in hazards(sass(accumulate_kernel, constants, tile)):
                 print("accumulate", width, degree, found)
 
 

@@ -4,7 +4,8 @@ import math
 
 import torch
 
-from taylor_patch.backends.taylor import TaylorBackend, mask_weight
+from taylor_patch.backends.taylor.base import TaylorBackend
+from taylor_patch.backends.taylor.denominators import mask_weight
 
 
 def dense(call, options):

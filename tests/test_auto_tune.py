@@ -13,11 +13,11 @@ from torch._subclasses import FakeTensorMode
 from taylor_patch import cache
 from taylor_patch import config as configuration
 from taylor_patch import engine as engines
-from taylor_patch.backends import taylor_auto_tune as auto_tune
 from taylor_patch.backends.base import Fallback, expand_kv
-from taylor_patch.backends.taylor import TaylorOptions
-from taylor_patch.backends.taylor_torch import TaylorTorch
-from taylor_patch.backends.triton_taylor import TritonFull, TritonFused
+from taylor_patch.backends.taylor import auto_tune
+from taylor_patch.backends.taylor.gpu import TritonFull, TritonFused
+from taylor_patch.backends.taylor.options import TaylorOptions
+from taylor_patch.backends.taylor.plain import TaylorTorch
 from taylor_patch.call import AttentionCall
 from taylor_patch.errors import ConfigError
 from tests.taylor_oracle import dense

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 import taylor_patch
 from taylor_patch.backends import near_far
-from taylor_patch.backends.base import Fallback, aligned
+from taylor_patch.backends.base import Fallback, aligned, launching_on
 from taylor_patch.backends.near_far import reference
-from taylor_patch.backends.taylor import TaylorOptions
-from taylor_patch.backends.taylor_torch import TaylorTorch
+from taylor_patch.backends.taylor.options import TaylorOptions
+from taylor_patch.backends.taylor.plain import TaylorTorch
 from taylor_patch.backends.tiles import tile_index
 from taylor_patch.call import AttentionCall, TokenGrid
 from taylor_patch.errors import BackendRefused
@@ -177,6 +177,13 @@ def strided(call):
         return wide.transpose(1, 2)[..., 0]
 
     return dataclasses.replace(call, q=view(call.q), k=view(call.k), v=view(call.v))
+
+
+def test_the_current_device_is_set_for_launches_on_cuda_alone(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device", lambda device: f"current: {device}")
+    assert launching_on(torch.device("cuda:1")) == "current: cuda:1"
+    with launching_on(torch.device("cpu")) as nothing:
+        assert nothing is None
 
 
 @pytest.mark.parametrize("kind", ["near_far", "taylor_torch"])

@@ -79,6 +79,22 @@ def test_every_call_is_sampled_in_some_step():
     assert not any(guard.is_sampled(call, step, 4, False) for call in range(40) for step in (1, 2, 3))
 
 
+def test_events_are_of_the_stream_of_the_device_that_is_timed(monkeypatch):
+    recorded = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self, stream):
+            recorded.append(stream)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+    Timer(torch.device("cuda:1")).stop()
+    assert recorded == ["stream of cuda:1"] * 2
+
+
 def test_read_pairs_figures_with_their_calls():
     def answer(name, block, figures=None):
         timer = Timer(torch.device("cpu"))

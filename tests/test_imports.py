@@ -59,6 +59,14 @@ def test_public_names_resolve():
         taylor_patch.nothing  # noqa: B018
 
 
+def test_global_taylor_is_declared_without_triton():
+    """The Triton forms say why they cannot run where Triton is not installed; only a call that they run imports it."""
+    code = ("import sys; sys.modules['triton'] = None; from taylor_patch.backends.taylor import gpu;"
+            "print(*gpu.TritonFull().unavailable(), 'taylor_patch.backends.taylor.launch' in sys.modules)")
+    printed = " ".join(fresh(code))
+    assert "Triton is not installed" in printed and printed.endswith("False")
+
+
 def imports(text, module="x"):
     """Absolute names of all modules and names that `text` imports, at any depth."""
     found = set()
@@ -74,7 +82,7 @@ def imports(text, module="x"):
 
 
 def modules(layer):
-    paths = [PACKAGE / f"{layer}.py"] if (PACKAGE / f"{layer}.py").exists() else sorted((PACKAGE / layer).glob("*.py"))
+    paths = [PACKAGE / f"{layer}.py"] if (PACKAGE / f"{layer}.py").exists() else sorted((PACKAGE / layer).rglob("*.py"))
     assert paths
     return paths
 

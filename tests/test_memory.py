@@ -199,7 +199,7 @@ def test_no_tensor_of_a_failed_call_is_kept(comfy, configure, monkeypatch):
 @pytest.mark.parametrize("kv_heads", [1, 3, 6])
 @pytest.mark.parametrize("most", [1, 2, 5])
 def test_groups_of_heads_give_the_same(kv_heads, most):
-    from taylor_patch.backends.taylor_torch import TaylorTorch
+    from taylor_patch.backends.taylor.plain import TaylorTorch
     from taylor_patch.call import from_heads_first
 
     q, k, v = torch.randn(2, 6, 70, 16), *(torch.randn(2, kv_heads, 70, 16) for _ in range(2))

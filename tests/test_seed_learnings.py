@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from taylor_patch import guard
-from taylor_patch.backends import taylor_torch
 from taylor_patch.backends.base import Fallback
-from taylor_patch.backends.taylor import SEED_PRESET, TaylorOptions
-from taylor_patch.backends.taylor_torch import TaylorTorch
-from taylor_patch.backends.triton_taylor import TritonFull, TritonFused
+from taylor_patch.backends.taylor import plain
+from taylor_patch.backends.taylor.gpu import TritonFull, TritonFused
+from taylor_patch.backends.taylor.options import SEED_PRESET, TaylorOptions
+from taylor_patch.backends.taylor.plain import TaylorTorch
 from taylor_patch.call import AttentionCall
 from taylor_patch.features.symmetric import index_chunks, multiset_count
 from tests.test_hooks import HEADS, last, qkv
@@ -63,8 +63,8 @@ def test_early_probe_spares_the_full_work_where_denominators_are_bad(monkeypatch
 @pytest.mark.parametrize("denom_fp32", [True, False])
 def test_denom_fp32_keeps_denominators_in_float32(denom_fp32, monkeypatch):
     """Features of float16 inputs are float16; sums kept in it are numbers of float16."""
-    seen, stats = [], taylor_torch._stats
-    monkeypatch.setattr(taylor_torch, "_stats", lambda found, eps: seen.extend(found) or stats(found, eps))
+    seen, stats = [], plain._stats
+    monkeypatch.setattr(plain, "_stats", lambda found, eps: seen.extend(found) or stats(found, eps))
     call = make()
     backend(denom_fp32=denom_fp32, early_probe=False).run(dataclasses.replace(call, q=call.q.half(), k=call.k.half(), v=call.v.half()))
     assert all(torch.equal(x, x.half().float()) for x in seen) is not denom_fp32 and len(seen) == 2

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from taylor_patch.backends.base import Fallback
-from taylor_patch.backends.taylor import TaylorOptions
-from taylor_patch.backends.taylor_torch import TaylorTorch
+from taylor_patch.backends.taylor.options import TaylorOptions
+from taylor_patch.backends.taylor.plain import TaylorTorch
 from taylor_patch.call import AttentionCall
 
 

@@ -1,10 +1,12 @@
 """triton_full and triton_fused against the float64 polynomial. Without a GPU the kernels run in Triton's interpreter, which
 multiplies bfloat16 wrongly, so that bfloat16 features are float32 there."""
 
+import gc
 import math
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,12 +17,13 @@ ON_GPU = torch.cuda.is_available()
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
 # ruff: noqa: E402
-from taylor_patch.backends import taylor_launch, taylor_plan, taylor_tuned
 from taylor_patch.backends.base import Fallback
-from taylor_patch.backends.taylor import TaylorOptions
-from taylor_patch.backends.taylor_torch import TaylorTorch
-from taylor_patch.backends.triton_taylor import MIB, TritonFull, TritonFused
+from taylor_patch.backends.taylor import launch, plan, tuned
+from taylor_patch.backends.taylor.gpu import MIB, TritonFull, TritonFused
+from taylor_patch.backends.taylor.options import TaylorOptions
+from taylor_patch.backends.taylor.plain import TaylorTorch
 from taylor_patch.call import AttentionCall
+from taylor_patch.testing.memory import peak_nbytes
 
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 ALLOWANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3}
@@ -160,7 +163,7 @@ def test_value_chunks_and_float32_features():
 
 
 def test_split_over_the_sequence(monkeypatch):
-    monkeypatch.setattr(taylor_plan, "KEYS_A_SPLIT", 16)
+    monkeypatch.setattr(plan, "KEYS_A_SPLIT", 16)
     call = make(n=20, m=70, heads=1)
     out = check(TritonFull, call, P=4)
     assert torch.equal(out, check(TritonFull, call, P=4))
@@ -168,8 +171,45 @@ def test_split_over_the_sequence(monkeypatch):
 
 @pytest.mark.parametrize("blocks", [1, 2])
 def test_blocks_a_program(monkeypatch, blocks):
-    monkeypatch.setattr(taylor_tuned, "choose", lambda *_: taylor_tuned.Tile(32, 4, 2, blocks))
+    monkeypatch.setattr(tuned, "choose", lambda *_: tuned.Tile(32, 4, 2, blocks))
     check(TritonFused, make(d=20, heads=1, n=30, m=40), P=4, fused_feature_chunk_size=64 * 9)
+
+
+def tiles_of(monkeypatch):
+    """Kernel -> rows of the tiles that are chosen from here on."""
+    found, choose = {}, tuned.choose
+
+    def record(kernel, *about):
+        tile = choose(kernel, *about)
+        found.setdefault(kernel, set()).add(tile.rows)
+        return tile
+
+    monkeypatch.setattr(tuned, "choose", record)
+    return found
+
+
+@pytest.mark.parametrize(("rows_q", "rows_k"), [(16, 128), (128, 16)])
+def test_block_sizes(monkeypatch, rows_q, rows_k):
+    tiles = tiles_of(monkeypatch)
+    check(TritonFull, make(heads=1, n=40, m=150), P=3, block_size_q=rows_q, block_size_k=rows_k)
+    assert tiles == {"evaluate": {rows_q}, "accumulate": {rows_k}}
+
+
+def test_preset_seed(monkeypatch):
+    call, tiles = make(d=32, heads=1, n=20, m=30), tiles_of(monkeypatch)
+    out = check(TritonFull, call, preset="seed")
+    assert tiles == {"evaluate": {32}, "accumulate": {16}}
+    assert torch.equal(out, check(TritonFull, call, P=4, sub_head_blocks=4, block_size_q=32, block_size_k=16))
+    assert relative(out, dense(call, TaylorOptions(P=4))) > 0.01
+
+
+def test_probe_samples():
+    backend = TritonFull(TaylorOptions(P=2, probe_samples=7))
+    backend.run(make(n=30, m=30))
+    assert backend.last_probe.count == 2 * 7
+    backend = TritonFull(TaylorOptions(P=2, probe_samples=50))
+    backend.run(make(n=30, m=30))
+    assert backend.last_probe.count == 2 * 30
 
 
 def test_heads_in_chunks(monkeypatch):
@@ -219,18 +259,46 @@ def test_device_and_host_agree_on_the_limit(limit):
 @pytest.mark.parametrize("most_bad", [16, -1])
 def test_a_failed_probe_leaves_the_rest_undone(monkeypatch, most_bad):
     call = make(heads=1)
-    monkeypatch.setattr(taylor_launch, "_output", lambda q: torch.full_like(q, math.nan))
-    out, summary = taylor_launch.attend(call.q, call.k, call.v, None, None, None, call.scale, 4, False, True, 1, 0, 0, False,
+    monkeypatch.setattr(launch, "_output", lambda q: torch.full_like(q, math.nan))
+    out, summary = launch.attend(call.q, call.k, call.v, None, None, None, call.scale, 4, False, True, 1, 0, 0, False,
                                         False, True, 0, 0, 16, most_bad, 1e-6, 128 * MIB)
     assert summary[0].isfinite().all()
     assert bool(out.isfinite().all() if most_bad > 0 else out.isnan().all())
+
+
+def test_kernels_are_launched_with_the_device_of_q_current(monkeypatch):
+    seen, current = [], []
+
+    @contextmanager
+    def launching_on(device):
+        current.append(device)
+        yield
+        current.pop()
+
+    class Recorded:
+        def __init__(self, name, kernel):
+            self.name, self.kernel = name, kernel
+
+        def __getitem__(self, grid):
+            seen.append((self.name, list(current)))
+            return self.kernel[grid]
+
+    kernels = {name: kernel for name, kernel in vars(launch).items() if name.endswith("_kernel")}
+    for name, kernel in kernels.items():
+        monkeypatch.setattr(launch, name, Recorded(name, kernel))
+    monkeypatch.setattr(launch, "launching_on", launching_on)
+    call = make(n=20, m=20, heads=1)
+    for options in (TaylorOptions(P=3), TaylorOptions(P=2)):  # the probe goes after the first chunk, or before everything
+        TritonFull(options).run(call)
+    assert {name for name, _ in seen} == set(kernels) and len(kernels) == 7
+    assert all(devices == [call.q.device] for _, devices in seen), seen
 
 
 def test_operators_are_well_formed():
     call = make(heads=1)
     arguments = (call.q, call.k, call.v, None, None, None, call.scale, 3, False, True, 1, 0, 0, False, False, True, 0, 0)
     for samples in (0, 16):
-        torch.library.opcheck(taylor_launch.taylor_attention, (*arguments, samples, 0, 1e-6, 128 * MIB),
+        torch.library.opcheck(launch.taylor_attention, (*arguments, samples, 0, 1e-6, 128 * MIB),
                               test_utils=("test_schema", "test_faketensor"))
 
 
@@ -251,6 +319,25 @@ def test_no_product_has_its_registers_overwritten():
     environment["PYTHONPATH"] = str(script.parents[1])
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=environment)
     assert done.returncode == 0 and not done.stdout, done.stdout + done.stderr[-2000:]
+
+
+@pytest.mark.skipif(ON_GPU, reason="test_workspace_is_what_torch_allocates asks the same on a GPU")
+@pytest.mark.parametrize(("kind", "options"), [(TritonFull, dict(P=3, qk_norm_clip=9.0)), (TritonFused, dict(fused_feature_chunk_size=1024))],
+                         ids=lambda value: str(getattr(value, "name", value)))
+def test_workspace_holds_with_probe_and_fallback(monkeypatch, kind, options):
+    accumulate = launch._accumulate
+
+    def after_collection(*arguments):
+        gc.collect()  # Triton's interpreter leaves the arguments of a launch in reference cycles
+        return accumulate(*arguments)
+
+    monkeypatch.setattr(launch, "_accumulate", after_collection)
+    call = make(n=20, m=20, heads=1, shift=0.0)
+    backend = kind(TaylorOptions(**options))
+    backend.run(call)
+    assert backend.last_probe is not None and backend.last_denominators is not None
+    used = peak_nbytes(lambda: backend.run(call), [call.q, call.k, call.v]) - call.q.numel() * call.q.element_size()
+    assert used == pytest.approx(backend.workspace_nbytes(call), rel=0.05), used
 
 
 gpu = pytest.mark.gpu
@@ -278,20 +365,16 @@ def test_full_heads_of_degree_three_on_the_gpu():
 
 @gpu
 @needs_gpu
-def test_workspace_is_what_torch_allocates():
-    cases = ((TritonFull, dict(P=3), 16_896), (TritonFused, dict(P=4), 4_096), (TritonFull, dict(P=4, sub_head_blocks=4), 4_096),
-             (TritonFull, dict(P=3, qk_norm_clip=9.0), 16_896))
-    for kind, options, n in cases:
-        call = make(n=n, m=n, d=128, heads=24, dtype=torch.bfloat16, shift=0.0)
-        backend = kind(TaylorOptions(early_probe=False, fallback_on_negative=False, **options))
-        backend.run(call)
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        out = backend.run(call)
-        torch.cuda.synchronize()
-        used = torch.cuda.max_memory_allocated() - before - out.numel() * out.element_size()
-        assert used == pytest.approx(backend.workspace_nbytes(call), rel=0.05), (kind.name, options, used)
+@pytest.mark.parametrize("checked", [{}, {"early_probe": False, "fallback_on_negative": False}], ids=["default", "no checks"])
+@pytest.mark.parametrize(("kind", "options", "n"), [
+    (TritonFull, dict(P=3), 16_896), (TritonFused, dict(P=4), 4_096), (TritonFull, dict(P=4, sub_head_blocks=4), 4_096),
+    (TritonFull, dict(P=3, qk_norm_clip=9.0), 16_896)], ids=lambda value: str(getattr(value, "name", value)))
+def test_workspace_is_what_torch_allocates(kind, options, n, checked):
+    call = make(n=n, m=n, d=128, heads=24, dtype=torch.bfloat16, shift=0.0)
+    backend = kind(TaylorOptions(**checked, **options))
+    backend.run(call)  # what is kept from call to call is there now
+    used = peak_nbytes(lambda: backend.run(call), [call.q, call.k, call.v]) - call.q.numel() * call.q.element_size()
+    assert used == pytest.approx(backend.workspace_nbytes(call), rel=0.05), used
 
 
 @gpu

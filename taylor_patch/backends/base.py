@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -123,6 +124,11 @@ class Backend:
 def expand_kv(x: Tensor, heads: int) -> Tensor:
     """[B, H_kv, N, D] -> [B, heads, N, D]: each key head serves heads / H_kv consecutive query heads."""
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
+
+
+def launching_on(device: torch.device) -> AbstractContextManager[Any]:
+    """A context in which `device` is CUDA's current one: Triton launches there, whatever device the tensors are on."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def note_not_finite(out: Tensor, flag: Tensor) -> None:

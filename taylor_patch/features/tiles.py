@@ -86,8 +86,3 @@ def pair_table(dim: int, degree: int, device: torch.device) -> Tensor:
     rows = [(a, b, start) for (a, b), start in zip(shape.pairs, shape.offsets, strict=False)]
     with long_lived.allocation():
         return torch.tensor(rows, dtype=torch.int32, device=device)
-
-
-def padded_feature_count(dim: int, terms: int) -> int:
-    """Features that the kernels make, duplicates included: degrees 0 and 1, then 64 for each block."""
-    return 1 + (dim if terms > 1 else 0) + sum(BLOCK * layout(dim, degree).blocks for degree in range(2, terms))

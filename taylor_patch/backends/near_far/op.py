@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from functools import lru_cache
 
 import torch
 import triton
 from torch import Tensor
 
-from taylor_patch.backends.base import note_not_finite
+from taylor_patch.backends.base import launching_on, note_not_finite
 from taylor_patch.backends.near_far import aim
 from taylor_patch.backends.near_far import plan as plans
 from taylor_patch.backends.near_far.aim import Settled
@@ -100,8 +99,7 @@ def run(plan: plans.Plan, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | No
     space, not_finite = plan.allocate(q.device), torch.zeros(1, device=q.device)
     if key_mask is not None and key_mask.stride(1) != 1:
         key_mask = key_mask.contiguous()
-    # Triton launches on the current device, which need not be that of q.
-    with torch.cuda.device(q.device) if q.device.type == "cuda" else nullcontext():
+    with launching_on(q.device):
         for first in range(0, plan.lanes, plan.round_lanes):
             lanes = min(plan.round_lanes, plan.lanes - first)
             heads = slice(first * plan.group, (first + lanes) * plan.group)
@@ -221,5 +219,4 @@ def attend_round(plan: plans.Plan, space: dict[str, Tensor], q: Tensor, out: Ten
         space["column_scale"], space["far"], space["list"], space["count"], space["order"],
         space["column_scale"] if settled is None else settled.setting, not_finite, scale, first * plan.group, plan.heads, plan.group,
         keys.blocks, keys.image_blocks, queries.blocks, queries.image_blocks, plan.far_stride, *queries.geometry, plan.head_dim, plan.dim,
-        tiles.far, plan.biased, TAILS[tail], settled is not None, tma, tiles.stages, tiles.far_stages, _precision(plan), num_warps=tiles.warps,
-        maxnreg=tiles.registers or None)
+        tiles.far, plan.biased, TAILS[tail], settled is not None, tma, tiles.stages, tiles.far_stages, _precision(plan), num_warps=tiles.warps)

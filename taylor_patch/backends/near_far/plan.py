@@ -40,15 +40,13 @@ class Tiles:
     """Launch parameters of the attention kernel.
 
     far: block means of one step of the far field. stages, far_stages: tiles of the near and of the far field that are in shared memory
-    at a time. registers: limit per thread, 0 for none. tma: tiles of k and v come through the tensor memory accelerator, where Triton
-    has descriptors.
+    at a time. tma: tiles of k and v come through the tensor memory accelerator, where Triton has descriptors.
     """
 
     far: int = 64
     warps: int = 4
     stages: int = 2
     far_stages: int = 2
-    registers: int = 0
     tma: bool = False
 
 

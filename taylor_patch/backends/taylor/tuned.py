@@ -1,4 +1,4 @@
-"""Tile sizes of the Taylor kernels by GPU architecture, as measured with benchmarks/taylor.py; nothing is tuned in a run."""
+"""Tile sizes of the Taylor kernels by GPU architecture, as measured with benchmarks/taylor_tiles.py; nothing is tuned in a run."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ class Tile:
     """rows: queries (evaluate) or keys (accumulate) a step; warps and software-pipeline stages of a program.
 
     blocks: blocks of 64 features that a program of accumulate holds, and that evaluate takes a step in degree 3; 1 or 2, and from
-    degree 4 on always 1. registers: limit per thread, 0 for none.
+    degree 4 on always 1.
     """
 
     rows: int
     warps: int
     stages: int
     blocks: int = 2
-    registers: int = 0
 
 
 Table = dict[tuple[int, int], dict[int, Tile]]
@@ -25,8 +24,6 @@ Table = dict[tuple[int, int], dict[int, Tile]]
 
 EVALUATE: Table = {(9, 0): {32: Tile(128, 4, 3), 64: Tile(128, 4, 3), 128: Tile(64, 4, 3), 256: Tile(64, 8, 2)}}
 ACCUMULATE: Table = {(9, 0): {32: Tile(64, 4, 3, 1), 64: Tile(64, 4, 3), 128: Tile(64, 4, 3, 1), 256: Tile(32, 8, 2)}}
-ACCUMULATE_DEGREE_3: Table = {(9, 0): {32: Tile(64, 4, 3, 1), 64: Tile(64, 4, 3), 128: Tile(64, 4, 3, 1), 256: Tile(32, 8, 2)}}
-"""Two blocks of degree 3 share more than two of degree 2 do."""
 
 DEFAULT = Tile(64, 4, 2)
 """Where nothing was measured."""
@@ -42,7 +39,6 @@ def choose(kernel: str, arch: tuple[int, int], degree: int, value_width: int, it
     if item_nbytes == 4:
         tile = FLOAT32[kernel]
     else:
-        table = EVALUATE if kernel == "evaluate" else ACCUMULATE_DEGREE_3 if degree >= 3 else ACCUMULATE
+        table = EVALUATE if kernel == "evaluate" else ACCUMULATE
         tile = table.get(arch, {}).get(max(value_width, 32), WIDE if value_width > 128 else DEFAULT)
-    return Tile(rows or tile.rows, tile.warps if rows == 0 or rows >= 16 * tile.warps else 4, tile.stages, tile.blocks if degree <= 3 else 1,
-                0 if rows else tile.registers)
+    return Tile(rows or tile.rows, tile.warps if rows == 0 or rows >= 16 * tile.warps else 4, tile.stages, tile.blocks if degree <= 3 else 1)

@@ -19,18 +19,19 @@ from torch import Tensor
 
 from taylor_patch import cache
 from taylor_patch.backends.base import Fallback, expand_kv
+from taylor_patch.backends.taylor.denominators import mask_weight
+from taylor_patch.backends.taylor.options import TUNED
 from taylor_patch.call import AttentionCall
 from taylor_patch.features import coefficients as series
 
 if TYPE_CHECKING:
-    from taylor_patch.backends.taylor import TaylorBackend
+    from taylor_patch.backends.taylor.base import TaylorBackend
 
     AnyTaylor = TypeVar("AnyTaylor", bound=TaylorBackend)
 
 log = logging.getLogger("taylor_patch")
 
 KIND = "auto_tune"
-TUNED = ("qk_norm_power", "qk_norm_clip", "scale_mul")
 DENOMINATOR_PENALTY = 10.0
 """Added to a candidate's error for every denominator not above eps, as a fraction of all."""
 WORST = 1e4
@@ -173,8 +174,6 @@ def polynomial(backend: TaylorBackend, call: AttentionCall) -> tuple[Tensor, Ten
 
     call: float32, with as many key heads as query heads.
     """
-    from taylor_patch.backends.taylor import mask_weight
-
     o = backend.options
     share = torch.full((1, call.k.shape[2]), 1 / call.k.shape[2], device=call.k.device)
     if call.key_mask is not None:

@@ -1,17 +1,23 @@
-"""Launches of the Taylor kernels, as operators that torch.compile takes as they are. Triton is imported at the first launch."""
+"""Launches of the Taylor kernels, as operators that torch.compile takes as they are. Imports Triton."""
 
 from __future__ import annotations
 
 import math
 import os
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
+import triton.language as tl
 from torch import Tensor
 
-from taylor_patch.backends import taylor_tuned as tuned
-from taylor_patch.backends.taylor_plan import Z_COLUMNS, Chunk, Plan, item_nbytes
+from taylor_patch.backends.base import launching_on
+from taylor_patch.backends.taylor import tuned
+from taylor_patch.backends.taylor.kernels.accumulate import accumulate_kernel
+from taylor_patch.backends.taylor.kernels.evaluate import evaluate_kernel
+from taylor_patch.backends.taylor.kernels.moments import moments_finish_kernel, moments_kernel
+from taylor_patch.backends.taylor.kernels.probe import probe_finish_kernel, probe_kernel
+from taylor_patch.backends.taylor.kernels.statistics import stats_kernel
+from taylor_patch.backends.taylor.plan import Z_COLUMNS, Chunk, Plan, compute_dtype, item_nbytes, make_plan
 from taylor_patch.features import symmetric
 from taylor_patch.features.tiles import BLOCK, layout, pair_table
 
@@ -33,14 +39,8 @@ def split_scale(scale: float, queries: bool) -> tuple[float, float]:
     return root, scale / root**2 if queries else scale / root
 
 
-def _compute_dtype(dtype: torch.dtype, force_fp32: bool) -> torch.dtype:
-    return torch.float32 if force_fp32 else dtype
-
-
 def _precision(dtype: torch.dtype) -> dict[str, Any]:
     """Constants of a kernel that makes products in `dtype`."""
-    import triton.language as tl
-
     if dtype == torch.bfloat16 and os.environ.get("TRITON_INTERPRET") == "1":
         dtype = torch.float32  # Triton's interpreter multiplies the bit patterns of bfloat16 as integers
     names = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
@@ -76,13 +76,11 @@ class _Moments:
 
     def __init__(self, plan: Plan, first_state: int, states: int, columns: tuple[int, int], k: Tensor, v: Tensor,
                  factor: Tensor | None, weight: Tensor | None, root: float, ratio: float, center: bool, dtype: torch.dtype) -> None:
-        from taylor_patch.backends import taylor_kernels as kernels
-
         width, dim = columns[1] - columns[0], plan.dim
         share, splits = _shares(plan.n_keys, plan.moment_splits(states), MOMENT_KEYS)
         rows = min(64, _ceil_power_of_two(dim))
         sums = torch.empty(splits, states, dim + 1, width + 1, dtype=torch.float32, device=k.device)
-        kernels._moments_kernel[(-(-dim // rows), states, splits)](
+        moments_kernel[(-(-dim // rows), states, splits)](
             k, v, factor, weight, sums, plan.n_keys, share, root, states, first_state,
             *k.stride(), *v.stride(), _weight_stride(weight), **_geometry(plan), DV=width, DV_PAD=_ceil_power_of_two(width),
             V_FIRST=columns[0], ROWS=rows, BLOCK_N=MOMENT_KEYS, HAS_FACTOR=factor is not None, HAS_WEIGHT=weight is not None,
@@ -92,7 +90,7 @@ class _Moments:
 
         self.norm, self.mean, self.constant, self.z_linear = empty(), empty(dim), empty(width), empty(dim)
         self.linear = empty(dim, width, kind=dtype)
-        kernels._moments_finish_kernel[(-(-dim // rows), states)](
+        moments_finish_kernel[(-(-dim // rows), states)](
             sums, self.norm, self.mean, self.constant, self.linear, self.z_linear, splits, ratio, D=dim, DV=width,
             DV_PAD=_ceil_power_of_two(width), ROWS=rows, CENTER=center, num_warps=4)
 
@@ -122,8 +120,6 @@ def _accumulate(plan: Plan, chunk: Chunk, first_state: int, states: int, columns
                 dtype: torch.dtype, store: torch.dtype, denom_fp32: bool, block_k: int,
                 leads: tuple[Tensor | None, Tensor | None, int]) -> tuple[Tensor, Tensor | None]:
     """S and Z [states, 64 * blocks, row] of a chunk, in `store`; in degree 3 S alone, and Z [states, 64 * blocks] in float32."""
-    from taylor_patch.backends import taylor_kernels as kernels
-
     width = columns[1] - columns[0]
     padded = _ceil_power_of_two(width)
     tile = tuned.choose("accumulate", _arch(k.device), chunk.degree, padded, item_nbytes(dtype), block_k)
@@ -135,14 +131,14 @@ def _accumulate(plan: Plan, chunk: Chunk, first_state: int, states: int, columns
     target = out if splits == 1 else torch.empty(splits, *shape, dtype=torch.float32, device=k.device)
     z = torch.empty(splits, *shape[:2], dtype=torch.float32, device=k.device) if apart else None
     pairs = pair_table(plan.dim, chunk.degree, k.device)
-    kernels._accumulate_kernel[(programs, states, splits)](
+    accumulate_kernel[(programs, states, splits)](
         k, v, factor, weight, moments.mean, moments.norm, pairs, leads[0], leads[1], probe.stats, target, z,
         plan.n_keys, share, root, ratio, probe.most_bad, states, first_state, chunk.first, chunk.last, leads[2], *k.stride(), *v.stride(),
         _weight_stride(weight), **_geometry(plan), DV=width, DV_ROW=row, DV_PAD=padded, V_FIRST=columns[0],
         DEGREE=chunk.degree, PAIRS=len(pairs), PAIRS_PAD=_ceil_power_of_two(len(pairs)), BLOCKS=tile.blocks, BLOCK_N=tile.rows,
         EVEN=plan.dim % 8 == 0, CENTER=center, HAS_FACTOR=factor is not None, HAS_WEIGHT=weight is not None,
         PROBED=probe.stats is not None, PARTIAL=splits > 1, SPLIT_Z=denom_fp32, **_precision(dtype), num_warps=tile.warps,
-        num_stages=tile.stages, maxnreg=tile.registers or None)
+        num_stages=tile.stages)
     if splits > 1:
         total = target.sum(0)
         out.copy_(total)
@@ -157,15 +153,13 @@ def _evaluate(plan: Plan, chunk: Chunk, number: int, first_state: int, states: i
               tile: tuned.Tile,
               leads: tuple[Tensor | None, Tensor | None, int]) -> None:
     """Add a chunk's part to every query of the group; the first chunk starts and the last one finishes them."""
-    from taylor_patch.backends import taylor_kernels as kernels
-
     width = columns[1] - columns[0]
     chunks = plan.chunks
     last = number == len(chunks) - 1
     shape = layout(plan.dim, chunk.degree) if chunk.degree else None
     first_pair, last_pair = (shape.pair_of(chunk.first), shape.pair_of(chunk.last - 1) + 1) if shape else (0, 0)
     pairs = pair_table(plan.dim, chunk.degree, q.device) if chunk.degree else None
-    kernels._evaluate_kernel[(-(-plan.n_queries // tile.rows), states * plan.group)](
+    evaluate_kernel[(-(-plan.n_queries // tile.rows), states * plan.group)](
         q, factor, s, z, moments.linear, moments.constant, moments.z_linear, pairs, leads[0], *partial, probe.stats, out, stats,
         plan.n_queries, root, eps, probe.most_bad, first_state, chunk.first, chunk.last, first_pair, last_pair, leads[2],
         *q.stride(), *out.stride(), **_geometry(plan), GROUP=plan.group, DV=width, DV_ROW=-(-width // 16) * 16,
@@ -173,17 +167,7 @@ def _evaluate(plan: Plan, chunk: Chunk, number: int, first_state: int, states: i
         LINEAR_STEP=min(64, _ceil_power_of_two(plan.dim)), EVEN=plan.dim % 8 == 0, HERMITE=plan.hermite, CENTER=center,
         HAS_FACTOR=factor is not None, SCALED=dtype == torch.float16 or factor is not None, PROBED=probe.stats is not None,
         FIRST=number == 0, FOLD=chunk.degree <= 2 and (last or chunks[number + 1].degree > 2), LAST=last,
-        SPLIT_Z=denom_fp32 and dtype != torch.float32, **_precision(dtype), num_warps=tile.warps, num_stages=tile.stages,
-        maxnreg=tile.registers or None)
-
-
-@lru_cache(maxsize=256)
-def make_plan(q_shape: torch.Size, k_shape: torch.Size, dtype: torch.dtype, terms: int, hermite: bool, sub_head_blocks: int,
-              feature_chunk: int, value_chunk: int, s_store_bf16: bool, force_fp32: bool, workspace_limit: int) -> Plan:
-    """The plan of a call; q_shape [B, H, N_q, D], k_shape [B, H_kv, N_kv, D]."""
-    store = torch.bfloat16 if s_store_bf16 else _compute_dtype(dtype, force_fp32)
-    return Plan(q_shape[0], q_shape[1], k_shape[1], q_shape[2], k_shape[2], q_shape[3] // sub_head_blocks, sub_head_blocks, terms,
-                hermite and terms > 2, feature_chunk, value_chunk, item_nbytes(store), workspace_limit)
+        SPLIT_Z=denom_fp32 and dtype != torch.float32, **_precision(dtype), num_warps=tile.warps, num_stages=tile.stages)
 
 
 def _output(q: Tensor) -> Tensor:
@@ -221,7 +205,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, q_factor: Tensor | None, k_factor: T
     """
     plan = make_plan(q.shape, k.shape, q.dtype, terms, hermite, sub_head_blocks, feature_chunk, value_chunk, s_store_bf16, force_fp32,
                      workspace_limit)
-    dtype = _compute_dtype(q.dtype, force_fp32)
+    dtype = compute_dtype(q.dtype, force_fp32)
     scaled = dtype == torch.float16 or q_factor is not None
     root, ratio = split_scale(scale, scaled)
     store = torch.bfloat16 if s_store_bf16 else dtype
@@ -240,29 +224,30 @@ def attend(q: Tensor, k: Tensor, v: Tensor, q_factor: Tensor | None, k_factor: T
     # A small first chunk goes before the probe: it keeps the device busy while the host launches the probe's kernels.
     late = samples > 0 and plan.states_at_once == plan.states and plan.chunks[0].blocks * 10 <= sum(chunk.blocks for chunk in plan.chunks)
     kept, probe = None, _Probe(None, 0.0)
-    if samples and not late:
-        shared = plan.states_at_once == plan.states
-        first = moments_of(0, plan.states, plan.value_columns[0] if shared else (0, min(16, plan.width)))
-        kept, probe = first if shared else None, probed(first.mean)
-        del first
-    for columns in plan.value_columns:
-        for first_state in range(0, plan.states, plan.states_at_once):
-            states = min(plan.states_at_once, plan.states - first_state)
-            moments = kept or moments_of(first_state, states, columns)
-            kept = None
-            partial = _partial_sums(plan, states, columns[1] - columns[0], q.device)
-            for number, chunk in enumerate(plan.chunks):
-                leads = _lead_tables(plan, chunk, q.device)
-                s = z = None
-                if chunk.blocks:
-                    s, z = _accumulate(plan, chunk, first_state, states, columns, moments, k, v, k_factor, key_weight, probe, root, ratio,
-                                    center, dtype, store, denom_fp32, block_k, leads)
-                if late:
-                    probe, late = probed(moments.mean), False
-                _evaluate(plan, chunk, number, first_state, states, columns, moments, s, z, q, q_factor, partial, probe, out, stats, root,
-                          center, denom_fp32, eps, dtype, tile, leads)
-                del s, z
-    _summarise(stats, summary[1])
+    with launching_on(q.device):
+        if samples and not late:
+            shared = plan.states_at_once == plan.states
+            first = moments_of(0, plan.states, plan.value_columns[0] if shared else (0, min(16, plan.width)))
+            kept, probe = first if shared else None, probed(first.mean)
+            del first
+        for columns in plan.value_columns:
+            for first_state in range(0, plan.states, plan.states_at_once):
+                states = min(plan.states_at_once, plan.states - first_state)
+                moments = kept or moments_of(first_state, states, columns)
+                kept = None
+                partial = _partial_sums(plan, states, columns[1] - columns[0], q.device)
+                for number, chunk in enumerate(plan.chunks):
+                    leads = _lead_tables(plan, chunk, q.device)
+                    s = z = None
+                    if chunk.blocks:
+                        s, z = _accumulate(plan, chunk, first_state, states, columns, moments, k, v, k_factor, key_weight, probe, root, ratio,
+                                           center, dtype, store, denom_fp32, block_k, leads)
+                    if late:
+                        probe, late = probed(moments.mean), False
+                    _evaluate(plan, chunk, number, first_state, states, columns, moments, s, z, q, q_factor, partial, probe, out, stats, root,
+                              center, denom_fp32, eps, dtype, tile, leads)
+                    del s, z
+        _summarise(stats, summary[1])
     return out, summary
 
 
@@ -277,9 +262,7 @@ def _partial_sums(plan: Plan, states: int, width: int, device: torch.device) -> 
 
 def _summarise(stats: Tensor, out: Tensor) -> None:
     """[..., 4] of parts -> out [4]: number of bad ones, least, greatest, sum."""
-    from taylor_patch.backends import taylor_kernels as kernels
-
-    kernels._stats_kernel[(1,)](stats, out, stats.numel() // 4, BLOCK=1024, num_warps=8)
+    stats_kernel[(1,)](stats, out, stats.numel() // 4, BLOCK=1024, num_warps=8)
 
 
 def _probe(plan: Plan, mean: Tensor, q: Tensor, k: Tensor, q_factor: Tensor | None, k_factor: Tensor | None, key_weight: Tensor | None,
@@ -288,18 +271,16 @@ def _probe(plan: Plan, mean: Tensor, q: Tensor, k: Tensor, q_factor: Tensor | No
 
     mean [states, dim] of root * k. out [4]: how many are not above eps, least, greatest, sum.
     """
-    from taylor_patch.backends import taylor_kernels as kernels
-
     rows = plan.states * plan.group
     share, splits = _shares(plan.n_keys, plan.splits(rows), PROBE_KEYS)
     padded = _ceil_power_of_two(samples)
     sums = torch.empty(splits, rows, plan.terms, padded, dtype=torch.float32, device=q.device)
-    kernels._probe_kernel[(rows, splits)](
+    probe_kernel[(rows, splits)](
         q, k, q_factor, k_factor, key_weight, mean, sums, plan.n_queries, plan.n_keys, share, samples,
         root, scale / root, *q.stride(), *k.stride(), _weight_stride(key_weight), **_geometry(plan), GROUP=plan.group,
         D_PAD=_ceil_power_of_two(plan.dim), SAMPLES=padded, P=plan.terms, P_PAD=1 << (plan.terms - 1).bit_length(), BLOCK_N=PROBE_KEYS,
         HAS_Q_FACTOR=q_factor is not None, HAS_K_FACTOR=k_factor is not None, HAS_WEIGHT=key_weight is not None, CENTER=center,
         **_precision(dtype), num_warps=4, num_stages=_stages(dtype))
     stats = torch.empty(rows, 4, dtype=torch.float32, device=q.device)
-    kernels._probe_finish_kernel[(rows,)](sums, stats, splits, samples, eps, SAMPLES=padded, P=plan.terms, HERMITE=plan.hermite, num_warps=1)
+    probe_finish_kernel[(rows,)](sums, stats, splits, samples, eps, SAMPLES=padded, P=plan.terms, HERMITE=plan.hermite, num_warps=1)
     _summarise(stats, out)

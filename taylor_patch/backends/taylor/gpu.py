@@ -1,6 +1,6 @@
 """`triton_full` and `triton_fused`: global Taylor attention in Triton, linear in the number of tokens.
 
-Both run the same two kernels (taylor_kernels.py). triton_full keeps S and Z of a whole degree, which is fastest while they are
+Both run the same kernels (kernels/). triton_full keeps S and Z of a whole degree, which is fastest while they are
 small; triton_fused streams over chunks of features, so that its memory does not depend on how many there are.
 """
 
@@ -14,8 +14,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from taylor_patch.backends.taylor import TaylorBackend, mask_weight, stats_of
-from taylor_patch.backends.taylor_plan import Plan
+from taylor_patch.backends.taylor.base import TaylorBackend
+from taylor_patch.backends.taylor.denominators import mask_weight, stats_of
+from taylor_patch.backends.taylor.plan import Plan, make_plan
 from taylor_patch.call import AttentionCall
 from taylor_patch.features.tiles import BLOCK
 
@@ -58,8 +59,6 @@ class TritonTaylor(TaylorBackend):
 
     def plan(self, call: AttentionCall) -> Plan:
         """Sizes of the call's work, from shapes alone."""
-        from taylor_patch.backends.taylor_launch import make_plan
-
         o = self.options
         return make_plan(call.q.shape, call.k.shape, call.q.dtype, o.P, o.coefficients == "hermite", o.sub_head_blocks, self.feature_chunk,
                          o.fused_value_chunk_size, o.s_store_bf16, o.force_fp32, self.workspace_limit)
@@ -71,7 +70,7 @@ class TritonTaylor(TaylorBackend):
 
     def attend(self, call: AttentionCall) -> Tensor:
         """See TaylorBackend.attend. The device is read once, at the end: a probe that fails stops the work on the device itself."""
-        from taylor_patch.backends import taylor_launch
+        from taylor_patch.backends.taylor import launch
 
         o = self.options
         self._announce(call)
@@ -81,7 +80,7 @@ class TritonTaylor(TaylorBackend):
         states = batch * heads * o.sub_head_blocks
         decides = o.fallback_on_negative and not torch.compiler.is_compiling()
         samples = min(o.probe_samples, n_queries) if o.early_probe and decides else 0
-        run = taylor_launch.taylor_attention if torch.compiler.is_compiling() else taylor_launch.attend
+        run = launch.taylor_attention if torch.compiler.is_compiling() else launch.attend
         out, summary = run(
             call.q, call.k, call.v, *rows, self.scale(call), o.P, o.coefficients == "hermite", o.center_keys, o.sub_head_blocks,
             self.feature_chunk, o.fused_value_chunk_size, o.s_store_bf16, o.force_fp32, o.denom_fp32, _size(o.block_size_q),

@@ -11,7 +11,8 @@ import math
 import torch
 from torch import Tensor
 
-from taylor_patch.backends.taylor import DenominatorStats, TaylorBackend, denominators_of, mask_weight
+from taylor_patch.backends.taylor.base import TaylorBackend
+from taylor_patch.backends.taylor.denominators import DenominatorStats, denominators_of, mask_weight
 from taylor_patch.call import AttentionCall
 from taylor_patch.features import coefficients as series
 from taylor_patch.features.symmetric import feature_count, index_chunks, monomials

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 
@@ -121,3 +121,17 @@ class Plan:
 def item_nbytes(dtype: torch.dtype) -> int:
     """Bytes of an element."""
     return torch.empty((), dtype=dtype).element_size()
+
+
+def compute_dtype(dtype: torch.dtype, force_fp32: bool) -> torch.dtype:
+    """The dtype of features and of the products with them."""
+    return torch.float32 if force_fp32 else dtype
+
+
+@lru_cache(maxsize=256)
+def make_plan(q_shape: torch.Size, k_shape: torch.Size, dtype: torch.dtype, terms: int, hermite: bool, sub_head_blocks: int,
+              feature_chunk: int, value_chunk: int, s_store_bf16: bool, force_fp32: bool, workspace_limit: int) -> Plan:
+    """The plan of a call; q_shape [B, H, N_q, D], k_shape [B, H_kv, N_kv, D]."""
+    store = torch.bfloat16 if s_store_bf16 else compute_dtype(dtype, force_fp32)
+    return Plan(q_shape[0], q_shape[1], k_shape[1], q_shape[2], k_shape[2], q_shape[3] // sub_head_blocks, sub_head_blocks, terms,
+                hermite and terms > 2, feature_chunk, value_chunk, item_nbytes(store), workspace_limit)
