@@ -18,7 +18,7 @@ from torch import Tensor
 
 from taylor_patch.backends.base import Backend
 from taylor_patch.backends.near_far import plan, reference
-from taylor_patch.backends.near_far.remembered import Memory
+from taylor_patch.backends.near_far.remembered import Memories
 from taylor_patch.call import AttentionCall
 
 __all__ = ["NearFar", "NearFarOptions"]
@@ -70,7 +70,7 @@ class NearFar(Backend):
 
     def __init__(self, options: NearFarOptions | None = None) -> None:
         super().__init__(options)
-        self._memory = Memory(self.options.remember)
+        self._memories = Memories(self.options.remember)
 
     def reasons_against(self, call: AttentionCall) -> tuple[str, ...]:
         """See Backend.reasons_against."""
@@ -104,19 +104,20 @@ class NearFar(Backend):
             attend, attend_aimed = op.attend, op.attend_aimed
         if self.options.density != "auto":
             return attend(call, self.options.density, self.options.tail)
-        known = self._memory.get(call)
+        memory = None if call.memo is None else self._memories.of(call.memo)
+        known = None if memory is None else memory.get(call)
         out, settled = attend_aimed(call, known)
-        if known is None and settled is not None:
-            self._memory.put(call, settled)
+        if memory is not None and known is None and settled is not None:
+            memory.put(call, settled)
         return out
 
     def observed(self, call: AttentionCall) -> Mapping[str, Tensor]:
-        """See Backend.observed: what the memory says of the call; nothing where the density is given."""
-        return self._memory.observed(call)
+        """See Backend.observed: what the run's memory says of the call; nothing where the density is given."""
+        return {} if call.memo is None else self._memories.of(call.memo).observed(call)
 
-    def read_back(self, signature: Any, block: int | None, observed: Mapping[str, float], counts: bool) -> None:
+    def read_back(self, signature: Any, block: int | None, observed: Mapping[str, float], counts: bool, memo: dict[Any, Any]) -> None:
         """See Backend.read_back."""
-        self._memory.read_back(signature, block, observed, counts)
+        self._memories.of(memo).read_back(signature, block, observed, counts)
 
     def too_slow(self, observed: Mapping[str, float]) -> str | None:
         """See Backend.too_slow."""
@@ -125,12 +126,8 @@ class NearFar(Backend):
 
     def release(self) -> None:
         """See Backend.release."""
-        self._memory.clear()
+        self._memories.clear()
 
-    def keep(self) -> None:
+    def keep(self, memo: dict[Any, Any]) -> None:
         """See Backend.keep."""
-        self._memory.keep()
-
-    def run_finished(self) -> None:
-        """See Backend.run_finished."""
-        self._memory.clear()
+        self._memories.of(memo).keep()
