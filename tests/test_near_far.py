@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import taylor_patch
-from taylor_patch.backends.near_far import reference
+from taylor_patch.backends.near_far import NearFar, reference
 from taylor_patch.backends.tiles import grids, tile_index
 from taylor_patch.call import AttentionCall, TokenGrid
 
@@ -161,6 +162,27 @@ def test_refuses_cross_attention_with_few_keys_and_says_so():
         taylor_patch.attention(q, k, k, backend="near_far")
     k = torch.randn(1, 2, 2048, 64)
     assert taylor_patch.explain(q, k, k, backend="near_far").backend is not None
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.125])
+def test_refuses_a_scale_that_is_not_positive_and_says_so(scale):
+    """The attention kernel takes the largest product of a row before it multiplies by the scale."""
+    x = torch.randn(1, 2, 128, 64)
+    with pytest.raises(taylor_patch.TaylorPatchError, match=f"scale {scale} is not positive"):
+        taylor_patch.attention(x, x, x, backend="near_far", grid=(1, 8, 16), scale=scale)
+
+
+def test_refuses_wide_heads_in_float32_on_cuda_and_says_so():
+    """On tensors that have a device but no memory."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+
+    def reasons(device, head_dim, dtype):
+        x = torch.empty(1, 2, 128, head_dim, device=device, dtype=dtype)
+        return NearFar().reasons_against(AttentionCall(x, x, x, 0.1, grid=TokenGrid(1, 8, 16)))
+
+    with FakeTensorMode():
+        assert reasons("cuda", 129, torch.float32) == ("float32 with head_dim above 128 does not fit in shared memory",)
+        assert reasons("cuda", 128, torch.float32) == reasons("cuda", 256, torch.bfloat16) == reasons("cpu", 256, torch.float32) == ()
 
 
 def test_refuses_without_a_grid_and_says_so():

@@ -228,7 +228,7 @@ def test_two_runs_at_once_share_nothing(comfy):
     with ThreadPoolExecutor(2) as pool:
         running = {name: pool.submit(in_turn, name, other) for name, other in (("easy", "hard"), ("hard", "easy"))}
         outs = {name: future.result(120) for name, future in running.items()}
-    assert all(equal(outs[name], alone[name]) for name in inputs)
+    assert all(equal(outs[name], alone[name]) and max(errors(outs[name], inputs[name])) < 0.1 for name in inputs)
     assert kept() == sorted((block, number) for block in range(BLOCKS) for number in BINS[:3])
 
 

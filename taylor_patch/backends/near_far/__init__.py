@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from taylor_patch.backends.base import Backend
+from taylor_patch.backends.compiling import announce
 from taylor_patch.backends.near_far import plan, reference
 from taylor_patch.backends.near_far.remembered import Memories
 from taylor_patch.call import AttentionCall
@@ -56,6 +57,11 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+def runs_kernels(device: torch.device) -> bool:
+    """Whether calls on `device` are answered by the Triton kernels; the plain version answers the others."""
+    return device.type == "cuda" and has_triton()
+
+
 class NearFar(Backend):
     """Exact near field and cumulant far field; in self-attention the tokens' grid must be known."""
 
@@ -81,7 +87,7 @@ class NearFar(Backend):
             reasons.append(f"cross-attention with fewer keys than min_keys = {self.options.min_keys}")
         if call.scale <= 0:
             reasons.append(f"scale {call.scale} is not positive")
-        if call.q.device.type == "cuda" and has_triton() and call.q.dtype == torch.float32 and call.q.shape[3] > 128:
+        if runs_kernels(call.q.device) and call.q.dtype == torch.float32 and call.q.shape[3] > 128:
             reasons.append("float32 with head_dim above 128 does not fit in shared memory")
         return tuple(reasons)
 
@@ -91,16 +97,18 @@ class NearFar(Backend):
 
     def workspace_nbytes(self, call: AttentionCall) -> int:
         """See Backend.workspace_nbytes."""
-        if call.q.device.type == "cuda" and has_triton():
+        if runs_kernels(call.q.device):
             return plan.of_call(call, self.options.density == "auto").workspace_nbytes
         return reference.workspace_nbytes(call, 1.0 if self.options.density == "auto" else self.options.density)
 
     def run(self, call: AttentionCall) -> Tensor:
         """See Backend.run. With density = "auto" a probe settles each block of the model for each sigma bin of a run."""
         attend, attend_aimed = reference.attend, reference.attend_aimed
-        if call.q.device.type == "cuda" and has_triton():
+        if runs_kernels(call.q.device):
             from taylor_patch.backends.near_far import op
 
+            kind = (call.q.device, self.options.tail, plan.of_call(call, self.options.density == "auto").kernels)
+            announce(self.name, f"head_dim {call.q.shape[3]}, {str(call.q.dtype).removeprefix('torch.')}", kind)
             attend, attend_aimed = op.attend, op.attend_aimed
         if self.options.density != "auto":
             return attend(call, self.options.density, self.options.tail)

@@ -9,6 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
+from taylor_patch import long_lived
 from taylor_patch.backends.base import note_not_finite
 from taylor_patch.backends.near_far import aim
 from taylor_patch.backends.near_far import plan as plans
@@ -164,7 +165,8 @@ def score(plan: plans.Plan, space: dict[str, Tensor], lanes: int, scale: float) 
 @lru_cache(maxsize=16)
 def _constants(device: torch.device) -> tuple[Tensor, Tensor]:
     """Densities and factors of the probe on a device."""
-    return torch.tensor(aim.DENSITIES, device=device), torch.tensor(aim.FACTORS, device=device)
+    with long_lived.allocation():
+        return torch.tensor(aim.DENSITIES, device=device), torch.tensor(aim.FACTORS, device=device)
 
 
 def probe(plan: plans.Plan, space: dict[str, Tensor], q: Tensor, first: int, lanes: int, scale: float, goal: float, settled: Settled) -> None:

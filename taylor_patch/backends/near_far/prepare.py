@@ -23,8 +23,9 @@ def gather_kernel(q_ptr, stride_qb, stride_qh, stride_qn, stride_qd, k_ptr, stri
     and float32 ones), log2 masses, traces tr(S_b), biases times log2 e; means of the quarters of query blocks [heads, SAMPLES,
     image blocks of the queries, DIM] and the quarters' shares of the blocks' tokens.
 
-    largest: of each row of the mask (blocks.largest), taken off it. Clears the histogram too. Grid (blocks, or image blocks of the queries where these are more, lanes, 2 + GROUP): k, v, then the query
-    heads of the lane. Few warps a program: sums across warps are what costs time.
+    largest: of each row of the mask (blocks.largest), which is taken off it. Clears the histogram too. Grid (blocks, or image blocks of
+    the queries where these are more, lanes, 2 + GROUP): k, v, then the query heads of the lane. Few warps a program: sums across warps are
+    what costs time.
     """
     block = tl.program_id(0)
     lane = tl.program_id(1).to(tl.int64)
