@@ -39,6 +39,8 @@ class AttentionCall:
     fingerprint: what tells models of one kind from others (run.fingerprint_of), None outside a model evaluation.
     memo: where a backend may keep what it has settled until the run ends (every backend under a name of its own), None outside a run.
     first_head: which query head of the model's call is the first one here; above 0 only where the engine splits a call over heads.
+    cond_or_uncond: which prompts the evaluation is for, as ComfyUI numbers them (0: positive, 1: negative) in the order of the batch; empty
+    where that is not known.
     A backend returns [B, H, N_q, D] in q's dtype and leaves q, k, v as they are.
     """
 
@@ -59,6 +61,7 @@ class AttentionCall:
     memo: dict[Any, Any] | None = field(default=None, compare=False, repr=False)
     first_head: int = 0
     key_grid: TokenGrid | None = None
+    cond_or_uncond: tuple[int, ...] = ()
 
     @property
     def self_attention(self) -> bool:

@@ -159,7 +159,8 @@ class Engine:
         """Tell the backends what was observed of their calls, and let them say where exact attention is the better choice."""
         for (name, signature, block), observed in found.observed.items():
             backend = self.router.backends[name]
-            backend.read_back(signature, block, observed, (name, signature) not in run.broken and (name, signature, block) not in run.too_far)
+            counts = (name, signature) not in run.broken and (name, signature, block) not in run.too_far
+            backend.read_back(signature, block, observed, counts, run.memo)
             reason = backend.too_slow(observed)
             if reason is not None:
                 run.too_slow[name, signature, block] = (run.evaluations, reason)
@@ -190,7 +191,7 @@ class Engine:
             if self.log_file is not None:
                 summary = {"schedule": run.schedule, "settings": configuration.plain(self.config), **dataclasses.asdict(self.last_run)}
                 self.log_file.write("run", run.name, summary)
-            self.router.run_finished({name for name, _ in run.broken})
+            self.router.keep({name for name, _ in run.broken}, run.memo)
             self.registry.notify("taylor_patch_run_finished", summary=self.last_run)
         except Exception as error:
             log.warning("taylor_patch: the run's summary failed (%s: %s)", type(error).__name__, error)

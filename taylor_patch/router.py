@@ -110,15 +110,14 @@ class Router:
             return min(measured), f"fewer tokens than {min(measured)}, the measured crossover"
         return wanted
 
-    def run_finished(self, failed: Container[str]) -> None:
-        """Tell the backends that a sampling run has ended. failed: names of those that failed in it."""
+    def keep(self, failed: Container[str], memo: dict[Any, Any]) -> None:
+        """Let the backends keep what a run has settled in its memo. failed: names of those that failed in it."""
         for backend in self.backends.made:
             try:
                 if backend.name not in failed:
-                    backend.keep()
+                    backend.keep(memo)
             except Exception as error:
                 log.warning("taylor_patch: %s could not keep what the run has settled (%s)", backend.name, said(error))
-            backend.run_finished()
 
     def _options(self, name: str) -> Any:
         """Options of a backend; a number in [taylor_patch] min_tokens holds for backends that set none of their own."""

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from taylor_patch import engine as engines
+from taylor_patch.backends import near_far
 from taylor_patch.memory import Workspaces
 from taylor_patch.out_of_memory import HeadGroups, run_in_groups
 from tests.test_hooks import HEADS, SPARSE, TEXT, TOKENS, qkv
@@ -263,6 +264,8 @@ def test_free_memory_is_asked_for_at_run_start_only(comfy, configure, monkeypatc
 
 def test_tables_that_stay_are_made_outside_the_malloc_graph(monkeypatch):
     """comfy.model_prefetch.pause_malloc_graph, in the versions that have it."""
+    pytest.importorskip("triton")
+    from taylor_patch.backends.near_far.op import _constants
     from taylor_patch.features.symmetric import TableCache
     from taylor_patch.features.tiles import pair_table
 
@@ -276,13 +279,15 @@ def test_tables_that_stay_are_made_outside_the_malloc_graph(monkeypatch):
 
     monkeypatch.setitem(sys.modules, "comfy.model_prefetch", SimpleNamespace(pause_malloc_graph=pause_malloc_graph))
     pair_table.cache_clear()
+    _constants.cache_clear()
     cpu, cache = torch.device("cpu"), TableCache(limit_nbytes=16000)
     for _ in range(2):
         pair_table(16, 2, cpu)
         cache.get(8, 2, 0, 36, cpu)
-    assert events == ["pause", "resume"] * 2
+        _constants(cpu)
+    assert events == ["pause", "resume"] * 3
     cache.get(32, 3, 0, 5984, cpu)  # too large to be kept
-    assert len(events) == 4 and cache.nbytes == 36 * 3 * 8
+    assert len(events) == 6 and cache.nbytes == 36 * 3 * 8
     cache.clear()
     assert cache.nbytes == 0
 
@@ -325,6 +330,32 @@ def test_calls_of_a_shape_allocate_the_same(name, options):
 
     made = made_by(name, options, TOKENS, record)
     assert made[1] == made[2] == made[3] and len(made[1]) > 20
+
+
+@pytest.mark.parametrize("options", [{}, {"density": 0.3}], ids=["probed, then settled", "density given"])
+def test_the_launcher_of_near_far_allocates_the_same(monkeypatch, options):
+    """A call that is probed may differ from one that is not, but not from other calls that are. The kernels run in the interpreter."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(near_far, "runs_kernels", lambda device: True)
+    seen = []
+
+    def noted(make):
+        return lambda *shape, **kwargs: seen.append((shape, kwargs)) or make(*shape, **kwargs)
+
+    for name in ("empty", "zeros"):
+        monkeypatch.setattr(torch, name, noted(getattr(torch, name)))
+
+    def record(backend, call):
+        call, calls = dataclasses.replace(call, memo={}, sigma=1.0, block=0), []
+        for _ in range(2):
+            seen.clear()
+            backend.run(call)
+            calls.append(list(seen))
+        return calls
+
+    made = made_by("near_far", options, 64, record)
+    assert made[0] == made[1] == made[2] == made[3] and all(len(call) > 20 for call in made[0])
+    assert (made[0][0] == made[0][1]) is ("density" in options)
 
 
 @pytest.mark.parametrize("name", ["triton_full", "triton_fused"])

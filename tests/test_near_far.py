@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import taylor_patch
-from taylor_patch.backends.near_far import reference
+from taylor_patch.backends.near_far import NearFar, reference
 from taylor_patch.backends.tiles import grids, tile_index
 from taylor_patch.call import AttentionCall, TokenGrid
 
@@ -137,12 +138,51 @@ def test_density_one_is_exact_attention(grid, masked, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip((q, k, v), before, strict=True))
 
 
+@pytest.mark.parametrize("added", [-104.0, -1e4, 100.0])
+@pytest.mark.parametrize("head_dim", [40, 128])
+def test_what_is_added_to_a_whole_mask_changes_nothing(head_dim, added):
+    """Weights exp(mask) would all vanish or overflow. A row of the mask that hides every key stays what it is."""
+    grid, tokens = TokenGrid(1, 13, 19, 5), 5 + 13 * 19 + 9
+    q, k, v = (torch.randn(3, 2, tokens, head_dim) for _ in range(3))
+    mask = torch.zeros(3, tokens)
+    mask[:, ::7], mask[1, tokens // 3 : tokens // 2], mask[2] = -0.5, -torch.inf, -torch.inf
+    call = AttentionCall(q, k, v, head_dim**-0.5, mask, grid=grid)
+    shifted = AttentionCall(q, k, v, head_dim**-0.5, mask + torch.tensor([added, 0.5 * added, added])[:, None], grid=grid)
+    exact = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])
+    out = reference.attend(shifted, 1.0)
+    assert (out[:2] - exact[:2]).norm() / exact[:2].norm() < 1e-5
+    for attend in (lambda call: reference.attend(call, 0.3), lambda call: reference.attend_aimed(call, None)[0]):
+        assert torch.equal(attend(shifted)[:2], attend(call)[:2]) and attend(shifted)[:2].isfinite().all()
+    assert not out[2].isfinite().any()
+
+
 def test_refuses_cross_attention_with_few_keys_and_says_so():
     q, k = torch.randn(1, 2, 256, 64), torch.randn(1, 2, 2047, 64)
     with pytest.raises(taylor_patch.TaylorPatchError, match="cross-attention with fewer keys than min_keys = 2048"):
         taylor_patch.attention(q, k, k, backend="near_far")
     k = torch.randn(1, 2, 2048, 64)
     assert taylor_patch.explain(q, k, k, backend="near_far").backend is not None
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.125])
+def test_refuses_a_scale_that_is_not_positive_and_says_so(scale):
+    """The attention kernel takes the largest product of a row before it multiplies by the scale."""
+    x = torch.randn(1, 2, 128, 64)
+    with pytest.raises(taylor_patch.TaylorPatchError, match=f"scale {scale} is not positive"):
+        taylor_patch.attention(x, x, x, backend="near_far", grid=(1, 8, 16), scale=scale)
+
+
+def test_refuses_wide_heads_in_float32_on_cuda_and_says_so():
+    """On tensors that have a device but no memory."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+
+    def reasons(device, head_dim, dtype):
+        x = torch.empty(1, 2, 128, head_dim, device=device, dtype=dtype)
+        return NearFar().reasons_against(AttentionCall(x, x, x, 0.1, grid=TokenGrid(1, 8, 16)))
+
+    with FakeTensorMode():
+        assert reasons("cuda", 129, torch.float32) == ("float32 with head_dim above 128 does not fit in shared memory",)
+        assert reasons("cuda", 128, torch.float32) == reasons("cuda", 256, torch.bfloat16) == reasons("cpu", 256, torch.float32) == ()
 
 
 def test_refuses_without_a_grid_and_says_so():

@@ -167,6 +167,32 @@ def test_density_one_is_exact_attention(masked):
     assert error(out, exact(call, torch.float64)) <= 1.5 * rounding(call)
 
 
+@pytest.mark.parametrize("added", [-104.0, -1e4, 100.0])
+@pytest.mark.parametrize("head_dim", [40, 64])
+def test_what_is_added_to_a_whole_mask_changes_nothing(head_dim, added):
+    """Weights exp(mask) would all vanish or overflow. A row of the mask that hides every key stays what it is."""
+    call = make_call(3, 1, 1, 3, (1, 9, 14), 7, head_dim, torch.float16, True)
+    call.key_mask[2] = -torch.inf
+    shifted = dataclasses.replace(call, key_mask=call.key_mask + added * torch.tensor([[1.0], [0.5], [1.0]], device=DEVICE))
+    out = run_round(shifted, 1.0, "cumulant")[0]
+    seen = dataclasses.replace(call, q=call.q[:2], k=call.k[:2], v=call.v[:2], key_mask=call.key_mask[:2])
+    assert error(out[:2], exact(seen, torch.float64)) <= 1.5 * rounding(seen) and bool((out[2] == 0).all())
+    assert torch.equal(run_round(shifted, 0.3, "cumulant")[0], run_round(call, 0.3, "cumulant")[0])
+
+
+def test_what_is_added_to_a_whole_mask_changes_nothing_of_a_probe():
+    call = make_call(1, 1, 1, 3, (1, 16, 16), 0, 16, torch.float16, True)
+    found = [op.attend_aimed(dataclasses.replace(call, key_mask=call.key_mask + added), None) for added in (0.0, -1e4)]
+    assert all(torch.equal(a, b) for a, b in zip(*((out, one.setting, one.always) for out, one in found), strict=True))
+
+
+def test_one_mask_for_the_whole_batch():
+    """[1, N_kv]; its largest value is taken off in every batch element."""
+    call = make_call(2, 1, 1, 3, (1, 9, 14), 7, 64, torch.float16, True)
+    one, all_rows = (dataclasses.replace(call, key_mask=mask) for mask in (call.key_mask[1:] - 200, call.key_mask[1:].expand(2, -1)))
+    assert torch.equal(run_round(one, 0.3, "cumulant")[0], run_round(all_rows, 0.3, "cumulant")[0])
+
+
 @pytest.mark.parametrize("n_kv", [61, 700])
 @pytest.mark.parametrize("masked", [False, True], ids=["no mask", "two masks"])
 def test_density_one_is_exact_cross_attention(masked, n_kv):

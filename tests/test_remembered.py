@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import tempfile
+import threading
+import weakref
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import fake_comfy
 import pytest
@@ -19,7 +23,8 @@ from taylor_patch.call import AttentionCall, TokenGrid
 from taylor_patch.cli import main
 from taylor_patch.demo import host as demo
 from taylor_patch.demo import model as demo_model
-from taylor_patch.hooks.attention import replace
+from taylor_patch.hooks.attention import _prompts, replace
+from taylor_patch.run import current_run
 from tests.test_error_aimed import AUTO, HEADS, SIDE, TEXT, qkv
 from tests.test_faults import InterruptProcessingException, full, read_only
 
@@ -186,11 +191,119 @@ def test_a_run_that_begins_elsewhere_has_values_of_its_own(comfy, probes):
 
 
 def test_several_calls_of_a_block_in_an_evaluation(comfy, probes):
-    """Context windows, and cond and uncond one after the other: the first call stands for all, as it does without the disk."""
+    """Context windows: the first call stands for all, as it does without the disk."""
     sample(comfy, qkv(0.1), calls=3)
     assert bins(probes) == bins(probes, 1) == BINS
     sample(comfy, qkv(0.1), calls=3)
     assert bins(probes) == bins(probes, 1) == LEARNT
+
+
+FEW = (*SIGMAS[:3], 0.0)
+"""Three sigma bins."""
+
+
+def equal(some, others):
+    return len(some) == len(others) and all(torch.equal(a, b) for a, b in zip(some, others, strict=True))
+
+
+def test_two_runs_at_once_share_nothing(comfy):
+    """Other values in calls of the same form, a step of each in turn: what each gives alone, and a whole file afterwards."""
+    inputs, alone = {"easy": qkv(0.02), "hard": qkv(0.6)}, {}
+    for name, given in inputs.items():
+        alone[name] = sample(comfy, given, FEW)
+        tensor_cache.clear()
+    turn = {"easy": threading.Semaphore(1), "hard": threading.Semaphore(0)}
+
+    def in_turn(name, other):
+        def before(sigma):
+            if sigma < SIGMAS[0]:
+                turn[other].release()
+            assert turn[name].acquire(timeout=60)
+
+        try:
+            return sample(comfy, inputs[name], FEW, before=before)
+        finally:
+            turn[other].release()
+
+    with ThreadPoolExecutor(2) as pool:
+        running = {name: pool.submit(in_turn, name, other) for name, other in (("easy", "hard"), ("hard", "easy"))}
+        outs = {name: future.result(120) for name, future in running.items()}
+    assert all(equal(outs[name], alone[name]) and max(errors(outs[name], inputs[name])) < 0.1 for name in inputs)
+    assert kept() == sorted((block, number) for block in range(BLOCKS) for number in BINS[:3])
+
+
+def test_a_run_inside_a_run_leaves_its_values_alone(comfy, probes):
+    """A node that samples inside a callback, in the middle of a sigma bin, which it meets with other values."""
+    easy, hard, sigmas = qkv(0.02), qkv(0.6), (0.9, 0.8, 0.0)
+    alone = sample(comfy, easy, sigmas)
+    tensor_cache.clear()
+    probes.clear()
+    inner = []
+    outs = sample(comfy, easy, sigmas, before=lambda sigma: sigma < 0.85 and inner.extend(sample(comfy, hard, sigmas)))
+    assert equal(outs, alone) and max(errors(inner, hard)) < 0.1
+    assert probes == [(block, 7) for block in (0, 1, 0, 1)], "a bin is probed once in each of the two runs"
+
+
+def test_what_is_settled_goes_with_its_run(comfy):
+    found = []
+    sample(comfy, qkv(0.1), FEW, before=lambda sigma: found.extend(weakref.ref(one) for one in current_run().memo.values()))
+    assert len(found) == 2 and not any(one() for one in found)
+
+
+def sample_prompts(comfy, inputs):
+    """inputs: cond_or_uncond -> q, k, v. Each step has an evaluation for each of them; cond_or_uncond -> outputs of all calls."""
+    outs = {prompts: [] for prompts in inputs}
+
+    def body(options):
+        prompts = tuple(options["cond_or_uncond"])
+        outs[prompts].extend(comfy.attention.optimized_attention(*inputs[prompts], HEADS, transformer_options={**options, "block_index": block})
+                             for block in range(BLOCKS))
+
+    def sampler(model, x, sigma, options):
+        for prompts in inputs:
+            model.apply_model(x, sigma, transformer_options={**options, "cond_or_uncond": list(prompts)})
+        return x
+
+    guider = comfy.samplers.CFGGuider(comfy.model_base.Flux(fake_comfy.Diffusion(body)))
+    guider.outer_sample(torch.zeros(1, 16, 2 * SIDE, 2 * SIDE), None, sampler, torch.tensor(FEW) * 1.0001)
+    return outs
+
+
+def test_prompts_that_are_evaluated_apart_share_nothing(comfy, probes):
+    """Neither within the run nor on disk."""
+    inputs = {(0,): qkv(0.02), (1,): qkv(0.6)}
+    alone = {prompts: sample_prompts(comfy, {prompts: inputs[prompts]})[prompts] for prompts in inputs}
+    tensor_cache.clear()
+    probes.clear()
+    outs = sample_prompts(comfy, inputs)
+    assert all(equal(outs[prompts], alone[prompts]) for prompts in inputs)
+    assert bins(probes) == [number for number in BINS[:3] for _ in inputs] and len(os.listdir(tensor_cache.folder())) == 2
+    probes.clear()
+    again = sample_prompts(comfy, inputs)
+    assert bins(probes) == [number for number in LEARNT[:2] for _ in inputs] and all(equal(outs[prompts], again[prompts]) for prompts in inputs)
+
+
+def test_prompts_as_comfyui_numbers_them():
+    assert [_prompts({"cond_or_uncond": found} if found else {}) for found in ([1, 0], (0,), None, ["a"], [[0]], torch.zeros(1), "01")] == [
+        (1, 0), (0,), (), (), (), (), ()]
+
+
+def test_release_forgets_what_all_runs_in_progress_have_settled(probes):
+    """And the next call is probed again. Outside a run every call is."""
+    backend, memos = NearFar(NearFarOptions()), ({}, {}, None)
+    for memo in memos:
+        call = dataclasses.replace(call_of(HEADS, 0, 1.0001), memo=memo)
+        backend.run(call)
+        backend.run(call)
+        assert (backend.observed(call) == {}) is (memo is None)
+    assert probes == [(0, 8)] * 4
+    backend.release()
+    for memo in memos[:2]:
+        call = dataclasses.replace(call_of(HEADS, 0, 1.0001), memo=memo)
+        assert backend.observed(call) == {}
+        backend.run(call)
+        assert float(backend.observed(call)["density"]) > 0
+    assert len(probes) == 6
 
 
 def test_an_interrupted_run_leaves_what_came_to_its_end(comfy, probes):
@@ -229,7 +342,7 @@ def test_a_run_with_values_that_are_not_finite_leaves_nothing(comfy):
 def test_a_block_whose_sampled_error_was_above_the_limit_leaves_nothing(comfy, configure, monkeypatch, later):
     sample(comfy, qkv(0.1))
     assert len(kept()) == BLOCKS * len(BINS)
-    configure(REMEMBER.replace("quality_limit = 0", "quality_limit = 1"))
+    configure(REMEMBER.replace("quality_limit = 0", "quality_limit = 2"))
     monkeypatch.setattr(engines, "checks_later", lambda device: later)
     original = reference.attend_aimed
 
@@ -446,10 +559,10 @@ def test_the_host_never_waits_for_the_disks_values():
     low = F.interpolate(torch.randn(24, 64, 16, 16, generator=generator), (64, 64), mode="bilinear").view(1, 8, 3, 64, -1).transpose(3, 4)
     q, k, v = (x.to("cuda", torch.bfloat16) for x in (low + 0.1 * torch.randn(low.shape, generator=generator)).unbind(2))
     backend, taken = NearFar(NearFarOptions(remember=True)), []
-    for _ in range(2):
+    for memo in ({}, {}):
         for sigma in SIGMAS[:3]:
             call = AttentionCall(q, k, v, 0.06, grid=TokenGrid(1, 64, 64), sigma=sigma * 1.0001, block=0, fingerprint="Flux-1",
-                                 target_error=0.1)
+                                 target_error=0.1, memo=memo)
             torch.cuda.set_sync_debug_mode("error" if sigma != SIGMAS[0] or taken else "default")  # the first call compiles
             try:
                 backend.run(call)
@@ -457,9 +570,8 @@ def test_the_host_never_waits_for_the_disks_values():
             finally:
                 torch.cuda.set_sync_debug_mode("default")
             taken.append("remembered" in observed)
-            backend.read_back(call.signature, 0, {name: float(x) for name, x in observed.items()}, True)
-        backend.keep()
-        backend.run_finished()
+            backend.read_back(call.signature, 0, {name: float(x) for name, x in observed.items()}, True, memo)
+        backend.keep(memo)
     assert taken == [False, False, False, True, True, False] and len(kept()) == 3
 
 

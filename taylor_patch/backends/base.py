@@ -96,25 +96,23 @@ class Backend:
         """Name -> scalar on the device that says something of `call`, asked for after run(); read and recorded at the evaluation's end."""
         return {}
 
-    def read_back(self, signature: Any, block: int | None, observed: Mapping[str, float], counts: bool) -> None:
+    def read_back(self, signature: Any, block: int | None, observed: Mapping[str, float], counts: bool, memo: dict[Any, Any]) -> None:
         """What `observed` has said of the last call with this signature in this block of an evaluation, which has come to its end.
 
-        counts: no check of the result failed, and its sampled error is within the limit.
+        counts: no check of the result failed, and its sampled error is within the limit. memo: the run's (AttentionCall.memo).
         """
 
     def too_slow(self, observed: Mapping[str, float]) -> str | None:
         """Why exact attention is the better choice for such a call in this block, given what was observed of it; None where it is not."""
         return None
 
-    def keep(self) -> None:
-        """Called at the end of a sampling run in which this backend did not fail, before run_finished: what the run has settled may be
-        stored for the next one (cache.py, tensor_cache.py)."""
-
-    def run_finished(self) -> None:
-        """Called after each sampling run: forget what holds for one run only."""
+    def keep(self, memo: dict[Any, Any]) -> None:
+        """Called at the end of a sampling run in which this backend did not fail: what the run has settled in its memo
+        (AttentionCall.memo) may be stored for the next one (cache.py, tensor_cache.py)."""
 
     def release(self) -> None:
-        """Let go of device memory that is kept between calls, tables for example; asked for when the device has run out of it."""
+        """Let go of device memory that is kept between calls, tables and what runs in progress have settled; asked for when the device
+        has run out of it."""
 
     def run(self, call: AttentionCall) -> Tensor:
         """Attention of `call` as [B, H, N_q, D] in q's dtype. Raises Fallback instead of returning a bad result."""

@@ -303,5 +303,11 @@ def _placed(call: AttentionCall, evaluation: Evaluation | None, options: dict[st
             found, of_keys = (grid.infer_all(x.shape[2], *known) for x in (call.q, call.k))
         placed = dataclasses.replace(call, grid=found, grid_reason=why, key_grid=of_keys, step=evaluation.step, sigma=evaluation.sigma,
                                      block=evaluation.block_index(options), model=evaluation.family,
-                                     fingerprint=evaluation.fingerprint, memo=evaluation.run.memo)
+                                     fingerprint=evaluation.fingerprint, memo=evaluation.run.memo, cond_or_uncond=_prompts(options))
     return dataclasses.replace(placed, target_error=target_error(placed))
+
+
+def _prompts(options: dict[str, Any]) -> tuple[int, ...]:
+    """AttentionCall.cond_or_uncond of the model's transformer options; empty where they hold something else than numbers."""
+    found = options.get("cond_or_uncond")
+    return tuple(found) if isinstance(found, list | tuple) and all(isinstance(one, int) for one in found) else ()

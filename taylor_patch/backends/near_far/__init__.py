@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from taylor_patch.backends.base import Backend
+from taylor_patch.backends.compiling import announce
 from taylor_patch.backends.near_far import plan, reference
-from taylor_patch.backends.near_far.remembered import Memory
+from taylor_patch.backends.near_far.remembered import Memories
 from taylor_patch.call import AttentionCall
 
 __all__ = ["NearFar", "NearFarOptions"]
@@ -56,6 +57,11 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+def runs_kernels(device: torch.device) -> bool:
+    """Whether calls on `device` are answered by the Triton kernels; the plain version answers the others."""
+    return device.type == "cuda" and has_triton()
+
+
 class NearFar(Backend):
     """Exact near field and cumulant far field; in self-attention the tokens' grid must be known."""
 
@@ -70,7 +76,7 @@ class NearFar(Backend):
 
     def __init__(self, options: NearFarOptions | None = None) -> None:
         super().__init__(options)
-        self._memory = Memory(self.options.remember)
+        self._memories = Memories(self.options.remember)
 
     def reasons_against(self, call: AttentionCall) -> tuple[str, ...]:
         """See Backend.reasons_against."""
@@ -81,7 +87,7 @@ class NearFar(Backend):
             reasons.append(f"cross-attention with fewer keys than min_keys = {self.options.min_keys}")
         if call.scale <= 0:
             reasons.append(f"scale {call.scale} is not positive")
-        if call.q.device.type == "cuda" and has_triton() and call.q.dtype == torch.float32 and call.q.shape[3] > 128:
+        if runs_kernels(call.q.device) and call.q.dtype == torch.float32 and call.q.shape[3] > 128:
             reasons.append("float32 with head_dim above 128 does not fit in shared memory")
         return tuple(reasons)
 
@@ -91,32 +97,35 @@ class NearFar(Backend):
 
     def workspace_nbytes(self, call: AttentionCall) -> int:
         """See Backend.workspace_nbytes."""
-        if call.q.device.type == "cuda" and has_triton():
+        if runs_kernels(call.q.device):
             return plan.of_call(call, self.options.density == "auto").workspace_nbytes
         return reference.workspace_nbytes(call, 1.0 if self.options.density == "auto" else self.options.density)
 
     def run(self, call: AttentionCall) -> Tensor:
         """See Backend.run. With density = "auto" a probe settles each block of the model for each sigma bin of a run."""
         attend, attend_aimed = reference.attend, reference.attend_aimed
-        if call.q.device.type == "cuda" and has_triton():
+        if runs_kernels(call.q.device):
             from taylor_patch.backends.near_far import op
 
+            kind = (call.q.device, self.options.tail, plan.of_call(call, self.options.density == "auto").kernels)
+            announce(self.name, f"head_dim {call.q.shape[3]}, {str(call.q.dtype).removeprefix('torch.')}", kind)
             attend, attend_aimed = op.attend, op.attend_aimed
         if self.options.density != "auto":
             return attend(call, self.options.density, self.options.tail)
-        known = self._memory.get(call)
+        memory = None if call.memo is None else self._memories.of(call.memo)
+        known = None if memory is None else memory.get(call)
         out, settled = attend_aimed(call, known)
-        if known is None and settled is not None:
-            self._memory.put(call, settled)
+        if memory is not None and known is None and settled is not None:
+            memory.put(call, settled)
         return out
 
     def observed(self, call: AttentionCall) -> Mapping[str, Tensor]:
-        """See Backend.observed: what the memory says of the call; nothing where the density is given."""
-        return self._memory.observed(call)
+        """See Backend.observed: what the run's memory says of the call; nothing where the density is given."""
+        return {} if call.memo is None else self._memories.of(call.memo).observed(call)
 
-    def read_back(self, signature: Any, block: int | None, observed: Mapping[str, float], counts: bool) -> None:
+    def read_back(self, signature: Any, block: int | None, observed: Mapping[str, float], counts: bool, memo: dict[Any, Any]) -> None:
         """See Backend.read_back."""
-        self._memory.read_back(signature, block, observed, counts)
+        self._memories.of(memo).read_back(signature, block, observed, counts)
 
     def too_slow(self, observed: Mapping[str, float]) -> str | None:
         """See Backend.too_slow."""
@@ -125,12 +134,8 @@ class NearFar(Backend):
 
     def release(self) -> None:
         """See Backend.release."""
-        self._memory.clear()
+        self._memories.clear()
 
-    def keep(self) -> None:
+    def keep(self, memo: dict[Any, Any]) -> None:
         """See Backend.keep."""
-        self._memory.keep()
-
-    def run_finished(self) -> None:
-        """See Backend.run_finished."""
-        self._memory.clear()
+        self._memories.of(memo).keep()

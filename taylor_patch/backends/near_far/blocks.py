@@ -26,6 +26,14 @@ class Blocks:
     cov_kv: Tensor  # [D, D]: C_w
 
 
+def largest(mask: Tensor) -> Tensor:
+    """Largest value of each row of an additive mask [..., N_kv], 0 for a row without a finite one.
+
+    It is taken off the row, which changes no softmax: the weights exp(mask) then neither overflow nor vanish all together.
+    """
+    return mask.amax(-1).nan_to_num(0.0, 0.0, 0.0)
+
+
 def gather_blocks(k: Tensor, v: Tensor, bias: Tensor, index: Tensor, filled: Tensor) -> Blocks:
     """Key blocks of one head and their statistics. k, v [N, D], bias [N], index and filled [n_blocks, 64]."""
     log_weight = bias[index].masked_fill(~filled, -torch.inf)

@@ -8,10 +8,12 @@ import torch
 import triton
 from torch import Tensor
 
+from taylor_patch import long_lived
 from taylor_patch.backends.base import launching_on, note_not_finite
 from taylor_patch.backends.near_far import aim
 from taylor_patch.backends.near_far import plan as plans
 from taylor_patch.backends.near_far.aim import Settled
+from taylor_patch.backends.near_far.blocks import largest
 from taylor_patch.backends.near_far.kernel import attend_kernel
 from taylor_patch.backends.near_far.prepare import covariance_kernel, gather_kernel, pool_kernel
 from taylor_patch.backends.near_far.probing import choose_kernel, probe_kernel, sink_kernel, tail_kernel
@@ -123,10 +125,11 @@ def prepare(plan: plans.Plan, space: dict[str, Tensor], q: Tensor, k: Tensor, v:
             lanes: int) -> None:
     """Fill k, v, means, covariances and query samples of the lanes from `first` on."""
     wide = plan.dim * plan.dtype.itemsize > 256
-    mask, stride_mb = (k, 0) if key_mask is None else (key_mask, key_mask.stride(0) if key_mask.shape[0] > 1 else 0)
+    mask, stride_mb, top = (k, 0, k) if key_mask is None else \
+        (key_mask, key_mask.stride(0) if key_mask.shape[0] > 1 else 0, largest(key_mask))
     queries, keys = plan.queries, plan.keys
     gather_kernel[(max(keys.blocks, queries.image_blocks), lanes, 2 + plan.group)](
-        q, *q.stride(), k, *k.stride(), v, *v.stride(), mask, stride_mb, space["k"], space["v"], space["bias"], space["mean_k"],
+        q, *q.stride(), k, *k.stride(), v, *v.stride(), mask, stride_mb, top, space["k"], space["v"], space["bias"], space["mean_k"],
         space["mean_v"], space["precise_k"], space["precise_v"], space["log_mass"], space["trace"], space["centre"], space["sample"],
         space["sample_share"], space["histogram"], first, plan.heads_kv, plan.group, keys.blocks, keys.image_blocks,
         queries.image_blocks, plan.far_stride, *keys.geometry, *queries.geometry, plan.head_dim, plan.dim, plans.ROUTING_SAMPLES,
@@ -160,7 +163,8 @@ def score(plan: plans.Plan, space: dict[str, Tensor], lanes: int, scale: float) 
 @lru_cache(maxsize=16)
 def _constants(device: torch.device) -> tuple[Tensor, Tensor]:
     """Densities and factors of the probe on a device."""
-    return torch.tensor(aim.DENSITIES, device=device), torch.tensor(aim.FACTORS, device=device)
+    with long_lived.allocation():
+        return torch.tensor(aim.DENSITIES, device=device), torch.tensor(aim.FACTORS, device=device)
 
 
 def probe(plan: plans.Plan, space: dict[str, Tensor], q: Tensor, first: int, lanes: int, scale: float, goal: float, settled: Settled) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -152,6 +152,12 @@ class Plan:
     def biased(self) -> bool:
         """True where keys have a bias: a key mask, or blocks of fewer than 64 tokens."""
         return self.masked or self.keys.tokens != self.keys.blocks * BLOCK
+
+    @cached_property
+    def kernels(self) -> tuple[Hashable, ...]:
+        """What of a plan makes Triton compile kernels anew. The strides of q, k and v do so too, where one becomes a multiple of 16."""
+        return (self.dtype, self.head_dim, self.masked, self.biased, self.aimed, self.own, self.between, self.queries.tile, self.keys.tile,
+                self.tiles, self.score_steps, self.group == 1, self.group % 16 == 0, self.keys.blocks < 2**15)
 
     @cached_property
     def splits(self) -> int:

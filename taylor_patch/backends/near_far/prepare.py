@@ -12,7 +12,7 @@ TINY = tl.constexpr(1.1754943508222875e-38)
 
 @triton.jit(do_not_specialize=SIZES)
 def gather_kernel(q_ptr, stride_qb, stride_qh, stride_qn, stride_qd, k_ptr, stride_kb, stride_kh, stride_kn, stride_kd,
-                  v_ptr, stride_vb, stride_vh, stride_vn, stride_vd, mask_ptr, stride_mb, k_out_ptr, v_out_ptr, bias_ptr,
+                  v_ptr, stride_vb, stride_vh, stride_vn, stride_vd, mask_ptr, stride_mb, largest_ptr, k_out_ptr, v_out_ptr, bias_ptr,
                   mean_k_ptr, mean_v_ptr, precise_k_ptr, precise_v_ptr, log_mass_ptr, trace_ptr, centre_ptr,
                   sample_ptr, share_ptr, histogram_ptr, first_lane, n_heads, GROUP, n_blocks, n_image_blocks, n_query_image_blocks,
                   far_stride, GRID_T, GRID_H, GRID_W, START, OUTSIDE, TILE_T: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
@@ -23,8 +23,9 @@ def gather_kernel(q_ptr, stride_qb, stride_qh, stride_qn, stride_qd, k_ptr, stri
     and float32 ones), log2 masses, traces tr(S_b), biases times log2 e; means of the quarters of query blocks [heads, SAMPLES,
     image blocks of the queries, DIM] and the quarters' shares of the blocks' tokens.
 
-    Clears the histogram too. Grid (blocks, or image blocks of the queries where these are more, lanes, 2 + GROUP): k, v, then the query
-    heads of the lane. Few warps a program: sums across warps are what costs time.
+    largest: of each row of the mask (blocks.largest), which is taken off it. Clears the histogram too. Grid (blocks, or image blocks of
+    the queries where these are more, lanes, 2 + GROUP): k, v, then the query heads of the lane. Few warps a program: sums across warps are
+    what costs time.
     """
     block = tl.program_id(0)
     lane = tl.program_id(1).to(tl.int64)
@@ -60,6 +61,7 @@ def gather_kernel(q_ptr, stride_qb, stride_qh, stride_qn, stride_qd, k_ptr, stri
         weight = tl.where(filled, 1.0, 0.0)
         if MASKED:
             bias = tl.load(mask_ptr + batch * stride_mb + token, mask=filled[:, None], other=float("-inf"))
+            bias -= tl.load(largest_ptr + tl.where(stride_mb > 0, batch, 0))  # a stride of 0: one row for all
             weight = tl.exp(tl.reshape(bias, (64,)))
         mass = tl.sum(weight, 0)
         per_mass = 1.0 / tl.maximum(mass, TINY)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from taylor_patch.backends.near_far.aim import Settled, settle_head
-from taylor_patch.backends.near_far.blocks import ROUTING_SAMPLES, Blocks, gather_blocks, masses, near_blocks, tail_logits
+from taylor_patch.backends.near_far.blocks import ROUTING_SAMPLES, Blocks, gather_blocks, largest, masses, near_blocks, tail_logits
 from taylor_patch.backends.tiles import BLOCK, grids, is_line, tile_index
 from taylor_patch.call import AttentionCall, TokenGrid
 
@@ -87,7 +87,7 @@ class Head:
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid, bias: Tensor | None = None, key_grid: TokenGrid | None = None) -> None:
         dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
         self.q, self.k, self.v = q.to(dtype), k.to(dtype), v.to(dtype)
-        self.bias = torch.zeros_like(self.k[:, 0]) if bias is None else bias.to(dtype)
+        self.bias = torch.zeros_like(self.k[:, 0]) if bias is None else bias.to(dtype) - largest(bias)
         self.own, self.between = key_grid is None, not is_line(key_grid or grid)
         self.index, self.filled, self.outside = _places(self.q, grid)
         index, filled, outside = (self.index, self.filled, self.outside) if key_grid is None else _places(self.k, key_grid)

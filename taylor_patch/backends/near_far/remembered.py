@@ -1,5 +1,5 @@
-"""What near_far has settled: by block and sigma bin for the run in progress and, with `remember = true`, on disk for the next run of the
-model at that size.
+"""What near_far has settled: by prompt, block and sigma bin for a run in progress and, with `remember = true`, on disk for the next run of
+the model at that size. The first lives in the run's memo, so that runs at once, or one inside another, share nothing but the disk.
 
 What the disk has may be of another LoRA, prompt or seed, so it has to earn its use in every run, block by block. A probe's result is
 compared on the device with what the disk has for that sigma bin, and the comparison is read with the other figures at the evaluation's
@@ -14,6 +14,7 @@ from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -52,7 +53,7 @@ class Found:
 
 @dataclass
 class Block:
-    """A block of the model in the run in progress."""
+    """A block of the model in a run, for one form of calls (_form)."""
 
     number: int
     first: int
@@ -84,8 +85,32 @@ class Block:
                 yield number, one
 
 
+class Memories:
+    """One Memory for each run, in the run's memo, and gone with it."""
+
+    def __init__(self, remember: bool) -> None:
+        self._remember = remember
+        self._lock = threading.Lock()
+        self._open: WeakSet[Memory] = WeakSet()
+
+    def of(self, memo: dict[Any, Any]) -> Memory:
+        """The memory of the run with this memo (AttentionCall.memo)."""
+        with self._lock:
+            if self not in memo:
+                memo[self] = Memory(self._remember)
+                self._open.add(memo[self])
+            return memo[self]  # type: ignore[no-any-return]
+
+    def clear(self) -> None:
+        """Forget what all runs in progress have settled, but for what is on disk."""
+        with self._lock:
+            memories = list(self._open)
+        for memory in memories:
+            memory.clear()
+
+
 class Memory:
-    """Settled values of the run in progress; with `remember`, beside those of earlier runs. Bounded, safe to lose."""
+    """Settled values of one run; with `remember`, beside those of earlier runs. Bounded, safe to lose."""
 
     def __init__(self, remember: bool) -> None:
         self._remember = remember
@@ -252,7 +277,7 @@ class Shelf:
 
 def _form(call: AttentionCall) -> tuple[Any, ...]:
     """What settled values hold for, but for sigma. The block is the last part."""
-    return call.signature, call.target_error, call.scale, call.block
+    return call.signature, call.fingerprint, call.cond_or_uncond, call.target_error, call.scale, call.block
 
 
 def _key(call: AttentionCall, first: int) -> dict[str, cache.Scalar] | None:
@@ -265,7 +290,8 @@ def _key(call: AttentionCall, first: int) -> dict[str, cache.Scalar] | None:
         return None
     mask = "" if call.key_mask is None else "x".join(map(str, call.key_mask.shape))
     return {**place, "grid": _text(call.grid), "key_grid": _text(call.key_grid), "mask": mask, "scale": call.scale,
-            "error": call.target_error, "first_head": call.first_head, "first_bin": first, "version": VERSION}
+            "error": call.target_error, "first_head": call.first_head, "first_bin": first,
+            "cond_or_uncond": " ".join(map(str, call.cond_or_uncond)), "version": VERSION}
 
 
 def _text(grid: TokenGrid | None) -> str:

@@ -7,22 +7,20 @@ small; triton_fused streams over chunks of features, so that its memory does not
 from __future__ import annotations
 
 import importlib.util
-import logging
 import os
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from taylor_patch.backends.compiling import announce
 from taylor_patch.backends.taylor.base import TaylorBackend
 from taylor_patch.backends.taylor.denominators import mask_weight, stats_of
 from taylor_patch.backends.taylor.plan import Plan, make_plan
 from taylor_patch.call import AttentionCall
 from taylor_patch.features.tiles import BLOCK
 
-log = logging.getLogger("taylor_patch")
 MIB = 1 << 20
-_announced: set[tuple[object, ...]] = set()
 
 
 class TritonTaylor(TaylorBackend):
@@ -73,7 +71,8 @@ class TritonTaylor(TaylorBackend):
         from taylor_patch.backends.taylor import launch
 
         o = self.options
-        self._announce(call)
+        kind = (call.q.device, call.q.dtype, call.q.shape[1], call.k.shape[1], call.q.shape[3], call.key_mask is None, o)
+        announce(self.name, f"head_dim {call.q.shape[3]}, P {o.P}, {str(call.q.dtype).removeprefix('torch.')}", kind)
         rows = (self.norm_factor(call.q, call.sigma), self.norm_factor(call.k, call.sigma),
                 None if call.key_mask is None else mask_weight(call.key_mask))
         batch, heads, n_queries, _ = call.q.shape
@@ -91,17 +90,6 @@ class TritonTaylor(TaylorBackend):
                 self.check_denominators(stats_of(probed, states * samples), probe=True)
             self.check_denominators(stats_of(full, states * n_queries), probe=False)
         return out
-
-    def _announce(self, call: AttentionCall) -> None:
-        """One line where kernels are about to be compiled that this process has not used yet."""
-        if torch.compiler.is_compiling():
-            return
-        o = self.options
-        key = (call.q.dtype, call.q.shape[-1], o)
-        if key not in _announced:
-            _announced.add(key)
-            log.info("taylor_patch: %s: compiling kernels for head_dim %d, P %d, %s where the cache on disk lacks them; "
-                     "this call takes longer than later ones", self.name, call.q.shape[-1], o.P, str(call.q.dtype).removeprefix("torch."))
 
 
 def _size(option: int | str) -> int:
