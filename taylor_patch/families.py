@@ -26,6 +26,8 @@ class Family:
     masks: str
     exact: str
     """Calls that near_far leaves to exact attention, beside cross-attention to few keys (a text)."""
+    blocks: str = ""
+    """The model's list of blocks, where heads are told by a module in there and not by the model."""
 
 
 REFERENCES = ("ref_latents", "ref_latent", "image_cond")
@@ -43,22 +45,24 @@ FAMILIES = (
     Family("Chroma, Chroma Radiance", ("Chroma", "ChromaRadiance"), "before", "2x2; 16x16 pixels", KEYED, "none", WITH_REFERENCES),
     Family("SD3, SD3.5", ("SD3",), "before", "2x2", COUNTED, "none", "none; the image-only attention of SD3.5 medium has the image's grid"),
     Family("SDXL, SD 1.5, SD 2", ("SDXL", "SDXLRefiner", "SD15*", "SD2*"), "apart", "1, 2, 4, 8 by level",
-           "calls are counted: block_index counts within a block", "none", "tokens merged or tiled by a node"),
+           "calls are counted: block_index counts within a block", "none", "tokens merged or tiled by a node", "input_blocks"),
     Family("Wan 2.1, 2.2: t2v, i2v, VACE, Animate, S2V, HuMo, ...", ("WAN*",), "apart", "1x2x2", KEYED, "none",
            "tokens of references beside the video's; attention to an image's features, which Wan asks to be exact"),
     Family("HunyuanVideo, HunyuanVideo 1.5, HunyuanImage 2.1", ("HunyuanVideo*", "HunyuanImage21*"), "before", "1x2x2; 1x1x1; 1x1",
            KEYED, "(1, 1, Nk), hides padding of the text", f"{REFINER}; runs with a reference latent"),
-    Family("Qwen-Image, Qwen-Image-Edit", ("QwenImage",), "before", "2x2", KEYED, "(B, 1, Nk), hides padding of the text", WITH_REFERENCES),
+    Family("Qwen-Image, Qwen-Image-Edit", ("QwenImage",), "before", "2x2", KEYED, "(B, 1, Nk), hides padding of the text", WITH_REFERENCES,
+           "transformer_blocks"),
     Family("Lumina2, Z-Image", ("Lumina2", "ZImagePixelSpace"), "before", "2x2", KEYED, "none; 0.3.64: [B, Nk]",
            f"{REFINER}; {WITH_REFERENCES}; masks of a batch in 0.3.64"),
     Family("LTX-Video, LTX-AV", ("LTXV", "LTXAV"), "apart", "1x1x1", COUNTED, "text: (1, 1, 1, Nk); guides: exact, as LTX asks",
-           "audio; frames with dropped tokens"),
+           "audio; frames with dropped tokens", "transformer_blocks"),
     Family("Cosmos-Predict2, Anima", ("CosmosPredict2", "Anima"), "apart", "1x2x2", "block_index", "none", "none"),
-    Family("AuraFlow", ("AuraFlow",), "before", "2x2", COUNTED, "none", "none"),
+    Family("AuraFlow", ("AuraFlow",), "before", "2x2", COUNTED, "none", "none", "double_layers"),
     Family("HiDream-I1", ("HiDream",), "after", "2x2", COUNTED, "none", "runs with an image to edit (E1)"),
-    Family("Krea2", ("Krea2",), "before", "2x2", "block_index, img_slice", "none", f"text fusion; {WITH_REFERENCES}"),
-    Family("Kandinsky5", ("Kandinsky5", "Kandinsky5Image"), "apart", "1x2x2", KEYED, "none", "text blocks"),
-    Family("MiniMax-H3", ("MiniMaxH3",), "before", "1x2x2", COUNTED, "none", REFINER),
+    Family("Krea2", ("Krea2",), "before", "2x2", "block_index, img_slice", "none", f"text fusion; {WITH_REFERENCES}", "blocks"),
+    Family("Kandinsky5", ("Kandinsky5", "Kandinsky5Image"), "apart", "1x2x2", KEYED, "none", "text blocks",
+           "visual_transformer_blocks"),
+    Family("MiniMax-H3", ("MiniMaxH3",), "before", "1x2x2", COUNTED, "none", REFINER, "blocks"),
 )
 
 

@@ -106,7 +106,7 @@ def build(contract="0.33.0") -> dict[str, ModuleType]:
             self.model_options = {"transformer_options": {}} if model_options is None else model_options
 
         def outer_sample(self, noise, latent_image, sampler, sigmas, denoise_mask=None, callback=None,
-                         disable_pbar=False, seed=None):
+                         disable_pbar=False, seed=None, latent_shapes=None):
             x = noise
             for step, sigma in enumerate(sigmas[:-1]):
                 options = {**self.model_options["transformer_options"], "sigmas": sigma.reshape(1)}

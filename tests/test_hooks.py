@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
+import importlib
+import sys
 import types
 
 import pytest
@@ -12,6 +15,7 @@ from fake_comfy import AttentionTensorContainer
 import taylor_patch
 from taylor_patch import engine as engines
 from taylor_patch.call import TokenGrid
+from taylor_patch.hooks import attention as attention_hook
 from taylor_patch.run import current_evaluation, current_run
 
 HEADS, DIM, TOKENS, TEXT = 2, 16, 256, 8
@@ -77,6 +81,74 @@ def test_install_again_after_uninstall(comfy):
     status = taylor_patch.status()
     assert set(status["hooks"].values()) == {"ok"} and len(status["hooks"]) == 4
     assert set(status["patched"]) == {"optimized_attention", "optimized_attention_masked"}
+
+
+@pytest.mark.parametrize("opaque", [True, False], ids=["opaque", "wraps"])
+def test_uninstall_leaves_anothers_wrapper(comfy, configure, monkeypatch, opaque):
+    """Ours beneath it then calls the original and nothing else; installed again, a call is counted once."""
+    ours, calls = comfy.attention.optimized_attention, []
+
+    def wrapper(*args, **kwargs):
+        calls.append(kwargs)
+        return ours(*args, **kwargs)
+
+    wrapper = wrapper if opaque else functools.update_wrapper(wrapper, ours)
+    comfy.attention.optimized_attention = wrapper
+    comfy.consumer.fast = ours
+    q, k, v = qkv()
+    taylor_patch.install()
+    assert comfy.attention.optimized_attention is wrapper
+    taylor_patch.uninstall()
+    assert comfy.attention.optimized_attention is wrapper and comfy.attention.optimized_attention_masked is comfy.original
+    assert comfy.consumer.optimized_attention is comfy.consumer.fast is comfy.original
+    with monkeypatch.context() as patch:
+        patch.setattr(attention_hook, "answer", None)  # which a call would not survive
+        options = {"sigmas": torch.ones(1)}
+        assert torch.equal(wrapper(q, k, v, HEADS, transformer_options=options), comfy.original(q, k, v, HEADS))
+    taylor_patch.install()
+    configure('[taylor_patch]\nbackend = "near_far"\nmin_tokens = 1000\n')
+    comfy.sample(lambda o: comfy.attention.optimized_attention(q, k, v, HEADS, transformer_options=o))
+    assert len(calls) == 2 and last().calls == {"exact": 1}
+
+
+def test_functions_that_were_put_back_are_patched_again(comfy):
+    comfy.attention.optimized_attention = comfy.original
+    taylor_patch.install()
+    assert comfy.attention.optimized_attention.__wrapped__ is comfy.original
+    assert comfy.attention.optimized_attention is comfy.attention.optimized_attention_masked is comfy.consumer.optimized_attention
+
+
+def test_pitfall_37_a_reloaded_module_is_patched_again(configure, tmp_path):
+    """importlib.reload puts fresh originals into comfy.ldm.modules.attention; modules that imported the old ones keep those."""
+    import fake_comfy
+
+    configure(SPARSE)
+    (tmp_path / "attention.py").write_text("from fake_comfy import attention_pytorch, make_wrap_attn\n"
+                                           "optimized_attention = optimized_attention_masked = make_wrap_attn()(attention_pytorch)\n")
+    host = fake_comfy.Host()
+    host.modules["comfy.ldm.modules"].__path__ = [str(tmp_path)]
+    del sys.modules["comfy.ldm.modules.attention"]
+    host.attention = importlib.import_module("comfy.ldm.modules.attention")
+    host.consumer.optimized_attention = host.attention.optimized_attention
+    q, k, v = qkv()
+    try:
+        taylor_patch.install()
+        first = host.attention.optimized_attention
+        importlib.reload(host.attention)
+        fresh = host.attention.optimized_attention
+        taylor_patch.install()
+        assert fresh is not first and host.attention.optimized_attention.__wrapped__ is fresh
+        for function in (host.attention.optimized_attention, host.attention.optimized_attention_masked, host.consumer.optimized_attention):
+            host.sample(lambda o, function=function: function(q, k, v, HEADS, transformer_options=o))
+            assert last().calls == {"near_far": 1}
+        second = host.attention.optimized_attention
+        taylor_patch.install()
+        assert host.attention.optimized_attention is second
+        taylor_patch.uninstall()
+        assert host.attention.optimized_attention is host.attention.optimized_attention_masked is host.consumer.optimized_attention is fresh
+    finally:
+        taylor_patch.uninstall()
+        host.remove()
 
 
 def test_missing_attention_is_reported_not_raised(capsys):

@@ -10,12 +10,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from fake_comfy import Diffusion
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from taylor_patch import engine as engines
 from taylor_patch.backends import near_far
-from taylor_patch.memory import Workspaces
+from taylor_patch.call import AttentionCall, TokenGrid
+from taylor_patch.families import FAMILIES, family
+from taylor_patch.memory import Workspaces, predict
 from taylor_patch.out_of_memory import HeadGroups, run_in_groups
 from tests.test_hooks import HEADS, SPARSE, TEXT, TOKENS, qkv
 
@@ -75,6 +78,111 @@ def test_a_run_that_was_seen_counts_more_than_the_prediction(comfy, configure):
     stated = engines.current().workspaces.of("Flux", latent)
     assert stated and estimate(comfy, Flux(num_heads=4, hidden_size=512), latent)[0] == 1000 + int(stated * 1.1)
     assert engines.current().workspaces.of("Flux", (1, 16, 8, 8)) is None
+    assert engines.current().workspaces.of("Flux", (4, *latent[1:])) is None
+
+
+def test_a_run_is_remembered_by_what_was_asked_for(comfy, configure):
+    """Its evaluations may be of cond and uncond at once, or of windows and tiles of the latent."""
+    configure(SPARSE)
+    q, k, v = qkv()
+
+    def sampler(model, x, sigma, options):
+        model.apply_model(torch.cat((x, x))[..., :16, :], sigma, transformer_options=options)
+        return x
+
+    guider = comfy.samplers.CFGGuider(comfy.model_base.Flux(Diffusion(
+        lambda o: comfy.attention.optimized_attention(q[:, :128], k[:, :128], v[:, :128], HEADS, transformer_options=o))))
+    guider.outer_sample(torch.zeros(1, 4, 32, 32), None, sampler, torch.tensor([1.0, 0.0]))
+    assert engines.current().last_run.calls == {"near_far": 1}
+    assert engines.current().workspaces.of("Flux", (1, 4, 32, 32))
+
+
+def test_picture_and_sound_packed_into_one_latent(comfy, configure):
+    """estimate_memory then gets [B, 1, all values]; the picture's own shape is in outer_sample's arguments."""
+    configure(SPARSE)
+    model, reserved = Flux(num_heads=4, hidden_size=512), []
+
+    def sampler(unused, x, sigma, options):
+        reserved.append(estimate(comfy, model, x.shape))
+        return x
+
+    guider = comfy.samplers.CFGGuider(model)
+    guider.outer_sample(torch.zeros(1, 1, 90000), None, sampler, torch.tensor([1.0, 0.0]), latent_shapes=[SHAPE, (1, 8, 3058)])
+    assert reserved == [estimate(comfy, model, SHAPE)] and reserved[0][0] > 1000
+
+
+def module(**attributes):
+    made = torch.nn.Module()
+    for name, value in attributes.items():
+        setattr(made, name, torch.nn.ModuleList(value) if isinstance(value, list) else value)
+    return made
+
+
+class Downsample(torch.nn.Module):
+    """Named as ComfyUI's."""
+
+
+def unet(**attributes):
+    """SDXL's: attention from the second level on."""
+    level = module(transformer_blocks=[module(attn1=module(heads=10, dim_head=64), attn2=module(heads=10, dim_head=64))])
+    deeper = module(transformer_blocks=[module(attn1=module(heads=20, dim_head=64))])
+    blocks = [[module()], [module()], [Downsample()], [module(), level], [Downsample()], [module(), deeper]]
+    return module(input_blocks=[torch.nn.ModuleList(block) for block in blocks], **attributes)
+
+
+SQUARE, VIDEO = (1, 16, 128, 128), (1, 16, 21, 90, 160)  # 1024x1024; 81 frames of 1280x720
+# Of people's models: family, what its class has in ComfyUI 0.33 or 0.3.64, latent, heads, tokens, head_dim, grid.
+MODELS = {
+    "flux": ("Flux", module(num_heads=24, hidden_size=3072, patch_size=2), SQUARE, 24, 4608, 128, TokenGrid(1, 64, 64, 512)),
+    "flux2": ("Flux2", module(num_heads=48, hidden_size=6144, patch_size=1), (1, 128, 64, 64), 48, 4608, 128, TokenGrid(1, 64, 64, 512)),
+    "chroma": ("Chroma", module(num_heads=24, hidden_size=3072, patch_size=2), SQUARE, 24, 4608, 128, TokenGrid(1, 64, 64, 512)),
+    "sd3": ("SD3", module(num_heads=38, hidden_size=2432, patch_size=2), SQUARE, 38, 4608, 64, TokenGrid(1, 64, 64, 512)),
+    "sdxl": ("SDXL", unet(model_channels=320, num_heads=-1, num_head_channels=64), (1, 4, 128, 128), 10, 4096, 64, TokenGrid(1, 64, 64)),
+    "wan": ("WAN21", module(num_heads=40, dim=5120, patch_size=(1, 2, 2)), VIDEO, 40, 75600, 128, TokenGrid(21, 45, 80)),
+    "hunyuan-video": ("HunyuanVideo", module(num_heads=24, hidden_size=3072, patch_size=(1, 2, 2)), VIDEO, 24, 76112, 128,
+                      TokenGrid(21, 45, 80, 512)),
+    "qwen-image": ("QwenImage", module(inner_dim=3072, patch_size=2, transformer_blocks=[
+        module(dim=3072, num_attention_heads=24, attention_head_dim=128, attn=module(heads=24, dim_head=128, inner_dim=3072))]),
+        (1, 16, 1, 128, 128), 24, 4608, 128, TokenGrid(1, 64, 64, 512)),
+    "z-image": ("Lumina2", module(dim=3840, n_heads=30, patch_size=2, pad_tokens_multiple=32), (1, 16, 104, 150), 30, 3904 + 512, 128,
+                TokenGrid(1, 52, 75, 512)),
+    "ltxv": ("LTXV", module(num_attention_heads=32, attention_head_dim=128, inner_dim=4096, patchifier=SimpleNamespace(patch_size=(1, 1, 1))),
+             (1, 128, 20, 22, 32), 32, 14080, 128, TokenGrid(20, 22, 32)),
+    "ltxv-0.3.64": ("LTXV", module(inner_dim=2048, patchifier=SimpleNamespace(patch_size=(1, 1, 1)), transformer_blocks=[
+        module(attn1=module(heads=32, dim_head=64))]), (1, 128, 20, 22, 32), 32, 14080, 64, TokenGrid(20, 22, 32)),
+    "cosmos-predict2": ("CosmosPredict2", module(num_heads=16, model_channels=2048, patch_spatial=2, patch_temporal=1),
+                        (1, 16, 1, 128, 128), 16, 4096, 128, TokenGrid(1, 64, 64)),
+    "auraflow": ("AuraFlow", module(patch_size=2, double_layers=[module(attn=module(n_heads=12, head_dim=256))]), SQUARE, 12, 4608, 256,
+                 TokenGrid(1, 64, 64, 512)),
+    "hidream": ("HiDream", module(num_attention_heads=20, attention_head_dim=128, inner_dim=2560, patch_size=2), SQUARE, 20, 4608, 128,
+                TokenGrid(1, 64, 64)),
+    "krea2": ("Krea2", module(heads=48, patch=2, blocks=[module(attn=module(heads=48, kvheads=12, headdim=128))]), SQUARE, 48, 4608, 128,
+              TokenGrid(1, 64, 64, 512)),
+    "kandinsky5": ("Kandinsky5", module(model_dim=1792, patch_size=(1, 2, 2), visual_transformer_blocks=[
+        module(self_attention=module(num_heads=28, head_dim=64))]), (1, 16, 31, 64, 64), 28, 31744, 64, TokenGrid(31, 32, 32)),
+    "minimax-h3": ("MiniMaxH3", module(hidden_size=5376, patch_size=(1, 2, 2), blocks=[module(attn=module(heads=56, head_dim=128))]),
+                   (1, 24, 21, 48, 84), 56, 21680, 128, TokenGrid(21, 24, 42, 512)),
+}
+
+
+@pytest.mark.parametrize("case", MODELS)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_the_prediction_is_of_the_call_that_the_model_makes(configure, monkeypatch, case, batch):
+    """With 512 text tokens where those are joined to the image's, cond and uncond at once."""
+    configure(SPARSE)
+    name, diffusion_model, (_, *latent), heads, tokens, head_dim, grid = MODELS[case]
+    router, asked = engines.engine().router, []
+    states = router.backends["near_far"].workspace_nbytes
+    monkeypatch.setattr(router.backends["near_far"], "workspace_nbytes", lambda call: (asked.append(call), states(call))[1], raising=False)
+    model, device = type(name, (), {"diffusion_model": diffusion_model})(), torch.device("cpu")
+    predicted = predict(router, model, (batch, *latent), device)
+    x = torch.empty(1, dtype=torch.bfloat16).expand(2 * batch, heads, tokens, head_dim)
+    assert predicted == states(AttentionCall(x, x, x, head_dim**-0.5, grid=grid)) > 0
+    assert [(call.q.shape, call.k.shape, call.grid) for call in asked] == [(x.shape, x.shape, grid)]
+
+
+def test_every_listed_family_has_a_prediction():
+    assert {family(name) for name, *_ in MODELS.values()} == set(FAMILIES)
 
 
 def test_a_hook_that_fails_leaves_the_estimate(comfy, configure, caplog):
@@ -100,7 +208,8 @@ def test_records_are_bounded_and_keep_the_largest():
     peaks = Workspaces()
     for size in range(100):
         peaks.record("Flux", (1, 4, size, size), 10)
-    assert peaks.of("Flux", (1, 4, 0, 0)) is None and peaks.of("Flux", (2, 4, 99, 99)) == 10
+    assert peaks.of("Flux", (1, 4, 0, 0)) is None and peaks.of("Flux", (1, 4, 99, 99)) == 10
+    assert peaks.of("Flux", (2, 4, 99, 99)) is None
     peaks.record("Flux", (1, 4, 99, 99), 5)
     assert peaks.of("Flux", (1, 4, 99, 99)) == 10
     peaks.record("Flux", None, 5)

@@ -38,24 +38,30 @@ PREVIOUS = "taylor_patch_previous_override"
 """Key of transformer_options: the override that ours was put on top of."""
 
 _originals: dict[str, Callable[..., Any]] = {}
+_ours: dict[str, Callable[..., Any]] = {}
 _module: ModuleType | None = None
+_spec: object = None
+"""The module's __spec__ when it was patched; importlib.reload makes a new one."""
 
 
 def install(module: ModuleType) -> None:
-    """Replace both names in `module` and in every module that imported them already. Raises UnknownContract where they are missing or
-    take other arguments than those known here."""
-    global _module
-    if _module is module and _originals:
+    """Replace both names in `module` and in every module that imported them already; anew where the module has been reloaded or its
+    functions were put back. Raises UnknownContract where they are missing or take other arguments than those known here."""
+    global _module, _spec
+    if _module is module and _spec is module.__spec__ and not any(getattr(module, name, None) is old for name, old in _originals.items()):
         return
     check_attention(module)
+    imported = dict(_originals)
+    uninstall()
     originals = {name: getattr(module, name) for name in NAMES if hasattr(module, name)}
     made: dict[int, Callable[..., Any]] = {}
     for name, original in originals.items():
         replacement = made.setdefault(id(original), replace(original))
-        _originals[name] = original
-        _rebind(name, original, replacement)
+        _originals[name], _ours[name] = original, replacement
+        for old in (original, imported.get(name, original)):  # modules keep what they imported before a reload
+            _rebind(name, old, replacement)
         setattr(module, name, replacement)
-    _module = module
+    _module, _spec = module, module.__spec__
     from taylor_patch.hooks import registry  # which answers by the functions below
 
     registry.install(module, originals["optimized_attention"])
@@ -63,17 +69,21 @@ def install(module: ModuleType) -> None:
 
 
 def uninstall() -> None:
-    """Put the original objects back, in every module that holds ours."""
-    global _module
+    """Put the original objects back wherever a module holds ours, under whatever name. Another's wrapper around ours stays, and ours
+    beneath it only calls the original from then on."""
+    global _module, _spec
     if _module is not None:
-        for name, original in _originals.items():
-            _rebind(name, getattr(_module, name), original)
-            setattr(_module, name, original)
+        for name, ours in _ours.items():
+            for holder in [_module, *sys.modules.values()]:
+                for key in [key for key, held in list(getattr(holder, "__dict__", {}).items()) if held is ours]:
+                    setattr(holder, key, _originals[name])
+            ours.__taylor_patch_remove__()  # type: ignore[attr-defined]
         from taylor_patch.hooks import registry
 
         registry.uninstall()
     _originals.clear()
-    _module = None
+    _ours.clear()
+    _module = _spec = None
 
 
 def patched() -> tuple[str, ...]:
@@ -94,11 +104,17 @@ def _rebind(name: str, old: object, new: object) -> None:
 
 
 def replace(original: Callable[..., Any]) -> Callable[..., Any]:
-    """The function that stands in for `original`; both take ComfyUI's attention arguments."""
+    """The function that stands in for `original`; both take ComfyUI's attention arguments. Its __taylor_patch_remove__() makes it call
+    the original and do nothing else."""
+    removed = False
+
+    def remove() -> None:
+        nonlocal removed
+        removed = True
 
     def optimized_attention(*args: Any, **kwargs: Any) -> Any:
         # Cheapest first. Nested calls and calls outside sampling (text encoders, VAE, upscalers) are not ours.
-        if INSIDE in kwargs:
+        if removed or INSIDE in kwargs:
             return original(*args, **kwargs)
         options = kwargs.get("transformer_options")
         if options is None or "sigmas" not in options:
@@ -108,6 +124,7 @@ def replace(original: Callable[..., Any]) -> Callable[..., Any]:
 
     functools.update_wrapper(optimized_attention, original, updated=())
     optimized_attention.__taylor_patch_original__ = original  # type: ignore[attr-defined]
+    optimized_attention.__taylor_patch_remove__ = remove  # type: ignore[attr-defined]
     if hasattr(original, "container_function"):
         optimized_attention.container_function = original.container_function  # type: ignore[attr-defined]
     return optimized_attention

@@ -14,7 +14,7 @@ from typing import Any
 
 from taylor_patch.engine import engine
 from taylor_patch.hooks.cold import ColdPatch
-from taylor_patch.run import open_runs
+from taylor_patch.run import current_run, open_runs
 
 log = logging.getLogger("taylor_patch")
 
@@ -34,7 +34,10 @@ def uninstall() -> None:
 def _estimate_memory(wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     estimate = wrapped(*args, **kwargs)
     try:
-        extra = engine().reserve(kwargs.get("model", args[0] if args else None), kwargs.get("noise_shape", args[1] if len(args) > 1 else ()))
+        shape, run = kwargs.get("noise_shape", args[1] if len(args) > 1 else ()), current_run()
+        if len(shape) == 3 and run is not None and run.latent_shape:  # picture and sound packed into one tensor
+            shape = run.latent_shape
+        extra = engine().reserve(kwargs.get("model", args[0] if args else None), shape)
         required, minimum = estimate
         return required + extra, minimum + extra
     except Exception as error:

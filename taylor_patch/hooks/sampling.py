@@ -34,16 +34,31 @@ def _outer_sample(wrapped: Callable[..., Any], instance: Any, args: tuple[Any, .
         chain.report()
     except Exception as error:
         log.debug("taylor_patch: who else patched is not known (%s: %s)", type(error).__name__, error)
-    with engine().run(_schedule(args, kwargs)), in_place(getattr(instance, "model_options", None), _family(instance)):
-        noise = kwargs.get("noise", args[0] if args else None)
-        free_before_run(getattr(instance, "model_patcher", None), getattr(noise, "shape", ()))
-        return wrapped(*args, **kwargs)
+    shape = _latent_shape(args, kwargs)
+    with engine().run(_schedule(args, kwargs)) as run, in_place(getattr(instance, "model_options", None), _family(instance)):
+        free_before_run(getattr(instance, "model_patcher", None), shape or ())
+        run.latent_shape = shape  # for estimate_memory, which ComfyUI calls next
+        try:
+            return wrapped(*args, **kwargs)
+        finally:
+            # What was asked for, by which the run's memory is remembered; evaluations take windows of it, or cond and uncond at once.
+            run.latent_shape = shape
 
 
 def _family(guider: Any) -> str:
     """Name of the model family, "" where there is none."""
     model = getattr(getattr(guider, "model_patcher", None), "model", None)
     return "" if model is None else family_of(model)
+
+
+def _latent_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...] | None:
+    """Of outer_sample(noise, ..., latent_shapes=...), None where it is not there. Picture and sound may be packed into one tensor; the
+    picture comes first."""
+    try:
+        packed = kwargs.get("latent_shapes")
+        return tuple(packed[0] if packed else kwargs.get("noise", args[0] if args else None).shape)  # type: ignore[union-attr]
+    except (AttributeError, TypeError, LookupError):
+        return None
 
 
 def _schedule(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[float]:

@@ -33,12 +33,14 @@ CASES = {
     "flux2": ({}, 2, 6, {}),
     "chroma": ({}, 2, 6, {}),
     "sd15": ({}, 2, 14, {CROSS: 14}),
+    "sdxl": ({}, 2, 8, {CROSS: 8}),
     "sd3": ({}, 2, 4, {}),
     "wan": ({}, 2, 4, {CROSS: 4}),
     "wan_i2v": ({}, 2, 4, {CROSS: 4, FULL: 4}),
     "wan_vace": ({}, 2, 6, {CROSS: 6}),
     "wan_animate": ({}, 2, 4, {CROSS: 4, FULL: 4}),
     "hunyuan_video": ({"cfg": 1.0}, 2, 6, {SMALL: 4}),
+    "hunyuan_video_15": ({}, 2, 4, {SMALL: 4}),
     "qwen_image": ({}, 2, 4, {}),
     "lumina2": ({}, 2, 8, {SMALL: 4}),
     "z_image": ({}, 2, 8, {SMALL: 4}),
@@ -61,7 +63,7 @@ CASES = {
     "wan: context windows": ({"model": ("ContextWindowsManual", WINDOWS)}, 4, 8, {CROSS: 8}),
     "wan: Heun": ({"sampler": "heun"}, 3, 6, {CROSS: 6}),
 }
-NOT_IN = {"0.3.64": ("flux2", "z_image", "krea2", "kandinsky5", "minimax_h3")}
+NOT_IN = {"0.3.64": ("flux2", "hunyuan_video_15", "z_image", "krea2", "kandinsky5", "minimax_h3")}
 # The wish for full precision came later.
 OTHERWISE = {("0.3.64", case): (2, 4, {CROSS: 8}) for case in ("wan_i2v", "wan_animate")}
 

@@ -39,11 +39,7 @@ class TinyRandomModel:
 
     def make(self, family, batch=1, size=1):
         tiny = FAMILIES[family]()
-        config = tiny.model_config()
-        config.set_inference_dtype(torch.float32, None)
-        if family == "sd15":
-            config.unet_config["num_head_channels"], config.unet_config["num_heads"] = -1, 2
-        model = config.get_model({}, "").to("cpu")
+        model = tiny.model()
         with torch.no_grad():
             fill(model.diffusion_model)
         patcher = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)

@@ -11,7 +11,7 @@ CONTEXT = 64
 @dataclasses.dataclass
 class Tiny:
     """config: name of a class of comfy.supported_models. latent: shape. width, text: of the conditioning; more: further entries of it.
-    sound: shape of a second latent that goes with it."""
+    sound: shape of a second latent that goes with it. instead: what stands in place of the class's own entries in `unet`."""
 
     config: str
     unet: dict
@@ -20,9 +20,14 @@ class Tiny:
     text: int = 16
     more: dict = dataclasses.field(default_factory=dict)
     sound: tuple | None = None
+    instead: dict = dataclasses.field(default_factory=dict)
 
-    def model_config(self):
-        return getattr(supported, self.config)(dict(self.unet))
+    def model(self):
+        """ComfyUI's BaseModel in float32 on the CPU, its weights not set."""
+        config = getattr(supported, self.config)(dict(self.unet))
+        config.set_inference_dtype(torch.float32, None)
+        config.unet_config.update(self.instead)
+        return config.get_model({}, "").to("cpu")
 
 
 def params(values, owner):
@@ -62,7 +67,15 @@ def sd15():
         "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 64, "num_res_blocks": [1, 1], "channel_mult": [1, 1],
         "use_spatial_transformer": True, "context_dim": CONTEXT, "use_linear_in_transformer": False, "legacy": False,
         "adm_in_channels": None, "use_temporal_attention": False, "transformer_depth": [1, 1], "transformer_depth_output": [1] * 4,
-        "transformer_depth_middle": 1}, (1, 4, 16, 16))
+        "transformer_depth_middle": 1}, (1, 4, 16, 16), instead={"num_head_channels": -1, "num_heads": 2})
+
+
+def sdxl():
+    return Tiny("SDXL", {
+        "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 64, "num_res_blocks": [1, 1], "channel_mult": [1, 2],
+        "use_spatial_transformer": True, "context_dim": CONTEXT, "use_linear_in_transformer": True, "legacy": False,
+        "num_classes": "sequential", "adm_in_channels": CONTEXT + 6 * 256, "use_temporal_attention": False, "transformer_depth": [0, 1],
+        "transformer_depth_output": [0, 0, 1, 1], "transformer_depth_middle": 1}, (1, 4, 32, 24))
 
 
 def sd3():
@@ -105,6 +118,15 @@ def hunyuan_video():
     mask[:, 12:] = 0
     return Tiny("HunyuanVideo", {"image_model": "hunyuan_video", **params(values, HunyuanVideoParams)}, (1, 16, 5, 14, 12),
                 more={"attention_mask": mask})
+
+
+def hunyuan_video_15():
+    tiny = hunyuan_video()
+    vision = type("Vision", (), {"last_hidden_state": torch.randn(1, 20, 1152, generator=torch.Generator().manual_seed(7))})()
+    changes = {"in_channels": 65, "out_channels": 32, "vec_in_dim": None, "depth": 2, "depth_single_blocks": 0, "patch_size": [1, 1, 1],
+               "use_cond_type_embedding": True, "vision_in_dim": 1152}
+    return dataclasses.replace(tiny, config="HunyuanVideo15", unet={**tiny.unet, **changes}, latent=(1, 32, 5, 7, 6),
+                               more={"clip_vision_output": vision})
 
 
 def qwen_image():
@@ -172,10 +194,11 @@ def minimax_h3():
 
 
 FAMILIES = {make.__name__: make for make in (
-    flux, flux2, chroma, sd15, sd3, wan, wan_i2v, wan_vace, wan_animate, hunyuan_video, qwen_image, lumina2, z_image, ltxv, cosmos_predict2,
-    auraflow, hidream, krea2, kandinsky5, minimax_h3)}
+    flux, flux2, chroma, sd15, sdxl, sd3, wan, wan_i2v, wan_vace, wan_animate, hunyuan_video, hunyuan_video_15, qwen_image, lumina2, z_image,
+    ltxv, cosmos_predict2, auraflow, hidream, krea2, kandinsky5, minimax_h3)}
 
-CONFIGS = {"flux2": "Flux2", "z_image": "ZImage", "krea2": "Krea2", "kandinsky5": "Kandinsky5", "minimax_h3": "MiniMaxH3"}
+CONFIGS = {"flux2": "Flux2", "hunyuan_video_15": "HunyuanVideo15", "z_image": "ZImage", "krea2": "Krea2",
+           "kandinsky5": "Kandinsky5", "minimax_h3": "MiniMaxH3"}
 """Families that ComfyUI 0.3.64 has not -> the class that tells."""
 
 KNOWN = [name for name in FAMILIES if hasattr(supported, CONFIGS.get(name, "Flux"))]
