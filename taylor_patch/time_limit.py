@@ -14,9 +14,10 @@ from taylor_patch.errors import PluginError
 T = TypeVar("T")
 
 
-def within(seconds: float, work: Callable[[], T]) -> T:
+def within(seconds: float, work: Callable[[], T], set_by: str = "TAYLOR_PATCH_PLUGIN_SECONDS") -> T:
     """What `work()` returns or raises; PluginError, which says where it stands, where that takes more than `seconds`.
 
+    set_by: the name under which the user can set `seconds`, for the error.
     It runs in a thread of its own, because Python cannot stop a thread: one that hangs is left behind, and ends with the process.
     """
     result: list[T] = []
@@ -35,7 +36,7 @@ def within(seconds: float, work: Callable[[], T]) -> T:
         raise raised[0]
     if result:
         return result[0]
-    raise PluginError(f"still loading after {seconds:g} s{_place(thread)}. TAYLOR_PATCH_PLUGIN_SECONDS sets the limit")
+    raise PluginError(f"still loading after {seconds:g} s{_place(thread)}. {set_by} sets the limit")
 
 
 def _place(thread: threading.Thread) -> str:

@@ -9,7 +9,7 @@ import sys
 import pytest
 from click.testing import CliRunner
 
-from taylor_patch.cli import main
+from taylor_patch.cli import main, skeleton
 from tests.broken_skeleton import BREAKS, write_broken
 
 
@@ -37,10 +37,26 @@ def test_breaking_it_gives_a_finding(tmp_path, kind):
     test = made / "tests" / "test_demo_backend.py"
     words = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-rf", f"{test}::TestConformance::{how.test}"]
     if kind == "hangs on load":
-        test.write_text(test.read_text().replace('"demo_backend")', '"demo_backend", load_seconds=3)'))
+        test.write_text(test.read_text().replace('"demo_backend", ', '"demo_backend", load_seconds=3, '))
     done = subprocess.run([sys.executable, *words], cwd=made, env={**os.environ, "COLUMNS": "300"}, capture_output=True, text=True)
     assert done.returncode == 1 and "1 failed" in done.stdout, done.stdout + done.stderr
     assert any('backend "demo_backend": ' in line and how.finding in line for line in done.stdout.splitlines()), done.stdout
+
+
+LOOP = """        for start in range(0, call.q.shape[2], self.options.rows_at_once):
+            rows = slice(start, start + self.options.rows_at_once)
+"""
+
+
+def test_a_skeleton_without_its_loop_gives_a_finding(tmp_path):
+    made = skeleton.write("demo-backend", tmp_path / "demo")
+    backend = made / "taylor_patch_demo_backend" / "backend.py"
+    text = backend.read_text()
+    assert LOOP in text
+    backend.write_text(text.replace(LOOP, "        if True:\n            rows = slice(0, self.options.rows_at_once)\n"))
+    words = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "plainest_call"]
+    done = subprocess.run([sys.executable, *words], cwd=made, capture_output=True, text=True)
+    assert done.returncode == 1 and 'backend "demo_backend": the plainest call: ' in done.stdout, done.stdout + done.stderr
 
 
 def test_the_findings_differ():

