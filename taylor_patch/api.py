@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -13,9 +13,9 @@ from torch import Tensor
 from taylor_patch import config as configuration
 from taylor_patch import engine as engines
 from taylor_patch import startup
-from taylor_patch.backends.base import Backend
+from taylor_patch.backends.base import Backend, Fallback, as_reasons
 from taylor_patch.call import AttentionCall, TokenGrid, Unsupported, from_heads_first
-from taylor_patch.errors import BackendRefused, TaylorPatchError, nearest
+from taylor_patch.errors import BackendRefused, TaylorPatchError, said
 from taylor_patch.router import Choice
 from taylor_patch.run import current_run
 
@@ -76,15 +76,25 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto", mask: T
     text: (start, stop) of the tokens that are not of the grid; they come before or after it.
     quality: "lossless", "balanced", "fast" or a relative L2 error; of the configuration unless given.
     options: options of the named backend, as under [backends.NAME]; of the configuration unless given.
-    Returns [B, H, N, D] in q's dtype. Raises BackendRefused with every reason where a named backend cannot run (it never takes
-    another instead), TaylorPatchError where the arguments do not fit together, ConfigError for wrong options or quality.
+    Returns [B, H, N, D] in q's dtype. Raises BackendRefused with every reason where a named backend cannot run, or returns something
+    else (it never takes another instead), TaylorPatchError where an argument is of the wrong kind or they do not fit together, ConfigError
+    for wrong options or quality.
     """
     call = _call(q, k, v, mask, scale, grid, text, quality)
     choice = _choose(call, backend, options)
     if choice.backend is None and backend not in ("auto", "sdpa"):
         raise BackendRefused(f"{_shown(backend, call)}: {'; '.join(choice.reasons)}. Use backend=\"sdpa\" for exact attention.")
-    chosen = choice.backend or engines.engine().router.backends["sdpa"]
-    return chosen.run(call)
+    exact = engines.engine().router.backends["sdpa"]
+    chosen = choice.backend or exact
+    try:
+        out = chosen.run(call)
+    except Fallback as reason:
+        if backend == "auto":
+            return exact.run(call)
+        raise BackendRefused(f"{_shown(backend, call)}: {reason}. Use backend=\"sdpa\" for exact attention.") from None
+    if problem := engines.check_form(out, call):
+        raise BackendRefused(f'backend "{chosen.name}" {problem}. Repair it, or use backend="sdpa" for exact attention.')
+    return out
 
 
 def explain(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto", mask: Tensor | None = None, scale: float | None = None,
@@ -99,6 +109,13 @@ def explain(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto", mask: Ten
 
 def _call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, grid: tuple[int, int, int] | None,
           text: tuple[int, int] | None, quality: str | float | None) -> AttentionCall:
+    for name, x in (("q", q), ("k", k), ("v", v), *([] if mask is None else [("mask", mask)])):
+        if not isinstance(x, Tensor):
+            raise TaylorPatchError(f"{name} is {type(x).__module__}.{type(x).__name__}; it has to be a torch.Tensor")
+    _check_whole_numbers("grid", grid, "(t, h, w)")
+    _check_whole_numbers("text", text, "(start, stop)")
+    if quality is not None and (isinstance(quality, bool) or not isinstance(quality, str | int | float)):
+        raise TaylorPatchError(f"quality is {quality!r}; it has to be one of {', '.join(configuration.QUALITIES)} or a number")
     try:
         of_keys = TokenGrid(*grid) if grid is not None and q.shape[2] != k.shape[2] == math.prod(grid) else None
         of_queries = None if grid is None or (of_keys is not None and text is None) else _placed_grid(q.shape[2], grid, text)
@@ -106,6 +123,15 @@ def _call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | N
         return from_heads_first(q, k, v, mask=mask, scale=scale, grid=of_queries, key_grid=of_keys, target_error=target)
     except Unsupported as error:
         raise TaylorPatchError(f"{error}: q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}") from None
+
+
+def _check_whole_numbers(name: str, values: object, form: str) -> None:
+    """Raises TaylorPatchError where `values`, an argument that may be left out, is not of that form."""
+    if values is None:
+        return
+    right = isinstance(values, Sequence) and len(values) == form.count(",") + 1
+    if not right or any(not isinstance(value, int) or value < 0 for value in values):  # type: ignore[attr-defined]
+        raise TaylorPatchError(f"{name} is {values!r}; it has to be {form}, whole numbers from 0")
 
 
 def _placed_grid(tokens: int, grid: tuple[int, int, int], text: tuple[int, int] | None) -> TokenGrid:
@@ -119,27 +145,34 @@ def _placed_grid(tokens: int, grid: tuple[int, int, int], text: tuple[int, int] 
 
 def _choose(call: AttentionCall, name: str, options: Mapping[str, Any] | None) -> Choice:
     router = engines.engine().router
+    if not isinstance(name, str):
+        raise TaylorPatchError(f"backend is {name!r}; it has to be one of {', '.join(['auto', *sorted(router.backends)])}")
+    if options is not None and not isinstance(options, Mapping):
+        raise TaylorPatchError(f"options is {options!r}; it has to be a mapping of option -> value, as under [backends.{name}]")
     if name == "auto":
         if options is not None:
             raise TaylorPatchError('options are those of one backend; name it instead of "auto"')
         return router.automatic(call)
-    chosen = _named(name, options)
+    if name not in router.backends:
+        raise BackendRefused("backend " + router.backends.unknown(name, ["auto", *sorted(router.backends)]))
+    chosen = router.backends[name]
+    try:
+        if options is not None:
+            chosen = _with_options(chosen, options)
+        reasons = as_reasons(chosen.reasons_against(call), "reasons_against()")
+    except TaylorPatchError:
+        raise
+    except Exception as error:
+        raise BackendRefused(f"{router.backends.label(name)} cannot be asked whether it can run: {said(error)}") from error
     if name == "sdpa":
         return Choice(None, ('backend = "sdpa"',))
-    reasons = chosen.reasons_against(call)
     return Choice(None, reasons) if reasons else Choice(chosen)
 
 
-def _named(name: str, options: Mapping[str, Any] | None) -> Backend:
-    backends = engines.engine().router.backends
-    if name not in backends:
-        names = ["auto", *sorted(backends)]
-        raise BackendRefused(f'backend "{name}" is not one of {", ".join(names)}.' + nearest(name, names))
-    kind = type(backends[name])
-    if options is None:
-        return backends[name]
-    layer = configuration.Layer("options", {"backends": {name: dict(options)}})
-    return kind(configuration.merge([layer], {name: kind.options_type}).options[name])
+def _with_options(backend: Backend, options: Mapping[str, Any]) -> Backend:
+    """Another backend of that kind. Raises ConfigError where the options are wrong, and what making it raises."""
+    layer = configuration.Layer("options", {"backends": {backend.name: dict(options)}})
+    return type(backend)(configuration.merge([layer], {backend.name: backend.options_type}).options[backend.name])
 
 
 def _shown(name: str, call: AttentionCall) -> str:

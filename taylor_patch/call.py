@@ -137,6 +137,8 @@ def from_heads_first(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = N
         raise Unsupported("head_dim of v differs from that of q")
     if q.shape[1] % k.shape[1]:
         raise Unsupported("the number of heads is not a multiple of the key heads")
+    if mask is not None and (mask.dim() < 2 or mask.shape[-1] not in (1, k.shape[2]) or mask.shape[-2] not in (1, q.shape[2])):
+        raise Unsupported(f"mask {list(mask.shape)} does not fit {q.shape[2]} queries and {k.shape[2]} keys")
     keys = None if mask is None else key_mask(mask, q.shape[0], k.shape[2])
     rows = mask if mask is not None and keys is None else None
     if rows is not None:

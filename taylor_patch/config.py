@@ -11,12 +11,13 @@ import os
 import sys
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from taylor_patch.errors import ConfigError, nearest
+from taylor_patch.errors import ConfigError, nearest, said
+from taylor_patch.options_check import problems_of
 from taylor_patch.rules import CONDITIONS, RESPECT, Rule, parse_conditions
 from taylor_patch.toml_location import locate
 
@@ -119,6 +120,8 @@ class Config:
     """Backend name -> its options object (options_type)."""
     rules: tuple[Rule, ...] = ()
     layers: tuple[Layer, ...] = field(default=(), compare=False)
+    ignored: tuple[str, ...] = field(default=(), compare=False)
+    """A sentence for each table of a backend that is not there, with file:line:column."""
 
     @property
     def target_error(self) -> float:
@@ -210,12 +213,13 @@ def _scalar(raw: str) -> Any:
 
 
 def load(option_types: Mapping[str, type], overrides: Mapping[str, Any] | None = None,
-         environ: Mapping[str, str] = os.environ, comfyui_user: Path | None = None) -> Config:
-    """The effective configuration. option_types: backend name -> dataclass of its options.
+         environ: Mapping[str, str] = os.environ, comfyui_user: Path | None = None,
+         why_absent: Callable[[str], str | None] = lambda name: None) -> Config:
+    """The effective configuration. option_types, why_absent: as in merge.
 
     Raises ConfigError with file:line:column at the first mistake.
     """
-    return merge(layers_of(overrides, environ, comfyui_user), option_types)
+    return merge(layers_of(overrides, environ, comfyui_user), option_types, why_absent)
 
 
 def layers_of(overrides: Mapping[str, Any] | None = None, environ: Mapping[str, str] = os.environ,
@@ -238,17 +242,21 @@ def allowed_plugins(overrides: Mapping[str, Any] | None = None, environ: Mapping
     return ("*",)
 
 
-def merge(layers: Iterable[Layer], option_types: Mapping[str, type]) -> Config:
-    """Check each layer and join them, first wins; `rules` of the strongest layer that has them replace the others."""
+def merge(layers: Iterable[Layer], option_types: Mapping[str, type],
+          why_absent: Callable[[str], str | None] = lambda name: None) -> Config:
+    """Check each layer and join them, first wins; `rules` of the strongest layer that has them replace the others.
+
+    option_types: backend name -> dataclass of its options. why_absent: backend name -> why there is none, or None where the name is a
+    mistake; a table of such a backend is left aside, with a sentence in Config.ignored.
+    """
     layers = _with_profile(tuple(layers))
-    for layer in layers:
-        _check_tables(layer, option_types)
+    ignored = tuple(sentence for layer in layers for sentence in _check_tables(layer, option_types, why_absent))
     settings = _build(Settings, layers, ("taylor_patch",))
     plugins = _build(PluginSettings, layers, ("plugins",))
     options = {name: _build(kind, layers, ("backends", name)) for name, kind in option_types.items()}
     for layer in layers:
-        _check_backend_name(layer, option_types)
-    return Config(settings, plugins, options, _rules(layers, option_types), layers)
+        _check_backend_name(layer, option_types, why_absent)
+    return Config(settings, plugins, options, _rules(layers, option_types, why_absent), layers, ignored)
 
 
 def _with_profile(layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
@@ -272,7 +280,9 @@ def _with_profile(layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
     return tuple(joined)
 
 
-def _check_tables(layer: Layer, option_types: Mapping[str, type]) -> None:
+def _check_tables(layer: Layer, option_types: Mapping[str, type], why_absent: Callable[[str], str | None]) -> list[str]:
+    """A sentence for each table of a backend that is not there."""
+    ignored = []
     tables = {"taylor_patch": dict, "plugins": dict, "backends": dict, "rules": list, "profiles": dict}
     for key, value in layer.data.items():
         if key not in tables:
@@ -281,18 +291,27 @@ def _check_tables(layer: Layer, option_types: Mapping[str, type]) -> None:
         if not isinstance(value, tables[key]):
             raise ConfigError(f"{layer.place(key)}: {key}: must be {'[[rules]]' if key == 'rules' else 'a table'}")
     for name, table in layer.data.get("backends", {}).items():
-        if name not in option_types:
-            raise ConfigError(f"{layer.place('backends', name)}: backends.{name}: unknown backend; known are "
-                              f"{', '.join(sorted(option_types))}." + nearest(name, option_types))
+        place = f"{layer.place('backends', name)}: backends.{name}"
         if not isinstance(table, dict):
-            raise ConfigError(f"{layer.place('backends', name)}: backends.{name}: must be a table")
+            raise ConfigError(f"{place}: must be a table")
+        if name in option_types:
+            continue
+        why = why_absent(name)
+        if why is None:
+            raise ConfigError(f"{place}: unknown backend; known are {', '.join(sorted(option_types))}." + nearest(name, option_types))
+        ignored.append(f"{place} is ignored: {why}." + nearest(name, option_types))
+    return ignored
 
 
-def _check_backend_name(layer: Layer, known: Mapping[str, type]) -> None:
+def _not_one_of(name: str, valid: Iterable[str], why: str | None) -> str:
+    return f'"{name}" is not one of {", ".join(valid)}' + (f": {why}." if why else ".") + nearest(name, valid)
+
+
+def _check_backend_name(layer: Layer, known: Mapping[str, type], why_absent: Callable[[str], str | None]) -> None:
     name, valid = _find(layer.data, ("taylor_patch", "backend")), ["auto", *sorted(known)]
     if isinstance(name, str) and name not in valid:
         place = layer.place("taylor_patch", "backend")
-        raise ConfigError(f'{place}: taylor_patch.backend: "{name}" is not one of {", ".join(valid)}.' + nearest(name, valid))
+        raise ConfigError(f"{place}: taylor_patch.backend: {_not_one_of(name, valid, why_absent(name))}")
 
 
 def _find(data: Mapping[str, Any], path: tuple[str, ...]) -> Any:
@@ -305,21 +324,29 @@ def _find(data: Mapping[str, Any], path: tuple[str, ...]) -> Any:
 def _build(kind: type, layers: tuple[Layer, ...], table: tuple[str, ...]) -> Any:
     """A `kind` from the same table of all layers, each value checked against its annotation."""
     hints = typing.get_type_hints(kind)
+    hints = {f.name: hints[f.name] for f in dataclasses.fields(kind) if f.init}
     values: dict[str, Any] = {}
     source: dict[str, Layer] = {}
     for layer in reversed(layers):
         for key, value in (_find(layer.data, table) or {}).items():
             label = ".".join((*table, key))
             if key not in hints:
-                raise ConfigError(f"{layer.place(*table, key)}: {label}: unknown key; allowed are {', '.join(hints)}."
-                                  + nearest(key, hints))
+                allowed = f"allowed are {', '.join(hints)}" if hints else f"{table[-1]} has no options"
+                raise ConfigError(f"{layer.place(*table, key)}: {label}: unknown key; {allowed}." + nearest(key, hints))
             values[key] = _coerce(value, hints[key], f"{layer.place(*table, key)}: {label}")
             source[key] = layer
-    built = kind(**values)
-    problems: dict[str, str] = built.problems() if hasattr(built, "problems") else {}
+    def place(key: str | None = None) -> str:
+        """That of a key, else of the table in the strongest layer that has it."""
+        owner = source[key] if key in source else next((layer for layer in layers if _find(layer.data, table)), Layer("defaults", {}))
+        return owner.place(*table, *([key] if key in source else []))
+
+    try:
+        built = kind(**values)
+        problems = dict(problems_of(built))
+    except (Exception, SystemExit) as error:
+        raise ConfigError(f"{place()}: {'.'.join(table)}: {kind.__name__} cannot be made of these values ({said(error)})") from error
     for key, problem in problems.items():
-        place = source[key].place(*table, key) if key in source else source[next(iter(source))].place(*table)
-        raise ConfigError(f"{place}: {'.'.join((*table, key))}: {problem}")
+        raise ConfigError(f"{place(key)}: {'.'.join((*table, key))}: {problem}")
     return built
 
 
@@ -330,7 +357,7 @@ def _coerce(value: Any, hint: Any, label: str) -> Any:
     for choice in choices:
         if typing.get_origin(choice) is Literal:
             literals += typing.get_args(choice)
-            if value in typing.get_args(choice) and isinstance(value, str):
+            if any(value == literal and type(value) is type(literal) for literal in typing.get_args(choice)):
                 return value
         elif typing.get_origin(choice) is tuple:
             if isinstance(value, list) and all(isinstance(item, str) for item in value):
@@ -339,15 +366,15 @@ def _coerce(value: Any, hint: Any, label: str) -> Any:
             return float(value)
         elif isinstance(value, choice) and (choice is bool or not isinstance(value, bool)):
             return value
-    named = [f'"{item}"' for item in literals]
+    named = [f'"{item}"' if isinstance(item, str) else str(item) for item in literals]
     named += [{tuple: "a list of strings"}.get(typing.get_origin(c), getattr(c, "__name__", str(c)))  # type: ignore[arg-type]
               for c in choices if typing.get_origin(c) is not Literal]
     shown = f'"{value}"' if isinstance(value, str) else repr(value)
     raise ConfigError(f"{label}: {shown} is not {' or '.join(named)}."
-                      + (nearest(value, literals) if isinstance(value, str) else ""))
+                      + (nearest(value, map(str, literals)) if isinstance(value, str) else ""))
 
 
-def _rules(layers: tuple[Layer, ...], option_types: Mapping[str, type]) -> tuple[Rule, ...]:
+def _rules(layers: tuple[Layer, ...], option_types: Mapping[str, type], why_absent: Callable[[str], str | None]) -> tuple[Rule, ...]:
     layer = next((layer for layer in layers if layer.data.get("rules")), None)
     if layer is None:
         return ()
@@ -363,8 +390,7 @@ def _rules(layers: tuple[Layer, ...], option_types: Mapping[str, type]) -> tuple
                 raise fail(key, f"unknown key; allowed are {', '.join(RULE_KEYS)}." + nearest(key, RULE_KEYS))
         backend, quality = table.get("backend"), table.get("quality")
         if backend is not None and backend not in ("auto", *option_types):
-            raise fail("backend", f'"{backend}" is not one of auto, {", ".join(sorted(option_types))}.'
-                       + nearest(str(backend), ("auto", *option_types)))
+            raise fail("backend", _not_one_of(str(backend), ["auto", *sorted(option_types)], why_absent(str(backend))))
         if quality is not None:
             checked = _coerce(quality, str | float, f"{layer.place('rules', number, 'quality')}: rules[{number}].quality")
             if problem := Settings(quality=checked).problems().get("quality"):

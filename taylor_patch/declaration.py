@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from taylor_patch.errors import PluginError
+from taylor_patch.options_check import checked
 
 if TYPE_CHECKING:
     from taylor_patch.backends.base import Backend
@@ -42,14 +43,11 @@ class LazyBackend:
 
     def missing(self) -> tuple[str, ...]:
         """A reason for each module of `needs` that is not installed; nothing is imported."""
-        return tuple(f"{module} is not installed" for module in self.needs if importlib.util.find_spec(module) is None)
+        return tuple(f"{module} is not installed" for module in self.needs if not _is_installed(module))
 
     def options_type(self) -> type:
-        """The dataclass of the options. Raises what importing it raises, PluginError where it is no class."""
-        found = imported(self.options)
-        if not isinstance(found, type):
-            raise PluginError(f"options {self.options!r} of backend \"{self.name}\" are {type(found).__name__}, not a dataclass")
-        return found
+        """The dataclass of the options. Raises what importing it raises, PluginError where options.checked refuses it."""
+        return checked(imported(self.options))
 
     def load(self) -> type[Backend]:
         """The Backend class. Raises what its import raises, PluginError where it is not what was declared."""
@@ -62,7 +60,16 @@ class LazyBackend:
         for attribute, value in declared.items():
             if (found := getattr(kind, attribute, None)) != value:
                 raise PluginError(f"{self.target} has {attribute} = {found!r}, its declaration says {value!r}: make them the same")
+        for problem in kind.declaration_problems():
+            raise PluginError(f"{kind.__name__}.{problem}")
         return kind
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):  # a module inside one that is not there
+        return False
 
 
 def imported(target: Any) -> Any:

@@ -21,7 +21,7 @@ from taylor_patch import cache, guard, plugins
 from taylor_patch import config as configuration
 from taylor_patch.backends.base import Backend, Fallback, not_finite
 from taylor_patch.call import AttentionCall
-from taylor_patch.errors import ConfigError, said
+from taylor_patch.errors import ConfigError, PluginError, said
 from taylor_patch.memory import Workspaces, predict
 from taylor_patch.out_of_memory import HeadGroups, is_out_of_memory, part_of, run_in_groups
 from taylor_patch.router import Choice, Router
@@ -68,11 +68,12 @@ class Engine:
         self._stamp = self._current_stamp()
         try:
             loaded = self.load()
-        except ConfigError as error:
-            self.problem = str(error)
-            log.warning("taylor_patch: %s. Attention stays exact until this is corrected.", error)
-            off = configuration.Layer("invalid configuration", {"taylor_patch": {"enabled": False}})
-            loaded = configuration.merge([off], self.registry.option_types)
+        except PluginError:  # with TAYLOR_PATCH_STRICT only
+            raise
+        except (Exception, SystemExit) as error:
+            self.problem = _problem(error)
+            log.warning("taylor_patch: %s. Attention stays exact until this is corrected.", self.problem)
+            loaded = configuration.Config(configuration.Settings(enabled=False))
         self._put_in_force(loaded)
 
     def layers(self) -> list[configuration.Layer]:
@@ -81,7 +82,7 @@ class Engine:
 
     def load(self) -> configuration.Config:
         """The configuration as its sources are now, which the next sampling run will have. Raises ConfigError."""
-        return configuration.merge(self.layers(), self.registry.option_types)
+        return configuration.merge(self.layers(), self.registry.option_types, self.registry.why_absent)
 
     def _current_stamp(self) -> object:
         try:
@@ -91,6 +92,8 @@ class Engine:
 
     def _put_in_force(self, loaded: configuration.Config) -> None:
         self.config = loaded
+        for sentence in loaded.ignored:
+            log.warning("taylor_patch: %s", sentence)
         cache.switch(loaded.settings.cache)
         self.log_file = LogFile(Path(loaded.settings.log_file).expanduser()) if loaded.settings.log_file else None
         self.router = Router(loaded, self.registry)
@@ -105,9 +108,9 @@ class Engine:
             self._stamp = stamp
             try:
                 loaded = self.load()
-            except ConfigError as error:
-                self.problem = str(error)
-                log.warning("taylor_patch: %s. The last good configuration stays in force.", error)
+            except (Exception, SystemExit) as error:
+                self.problem = _problem(error)
+                log.warning("taylor_patch: %s. The last good configuration stays in force.", self.problem)
                 return
             self.problem = None
             if loaded != self.config:
@@ -330,6 +333,10 @@ class Engine:
             return None
 
 
+def _problem(error: BaseException) -> str:
+    return str(error) if isinstance(error, ConfigError) else f"the configuration cannot be made: {said(error)}"
+
+
 def own_precision(device: torch.device) -> AbstractContextManager[Any]:
     """Backends work in the dtype of their inputs; torch.autocast, where a node has it on, would change single operators in them."""
     return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
@@ -338,7 +345,7 @@ def own_precision(device: torch.device) -> AbstractContextManager[Any]:
 def stated_workspace(backend: Backend, call: AttentionCall) -> int:
     """The backend's workspace in bytes; 0 where it does not state one."""
     try:
-        return backend.workspace_nbytes(call)
+        return int(backend.workspace_nbytes(call))
     except Exception:
         return 0
 

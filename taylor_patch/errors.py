@@ -23,11 +23,14 @@ class PluginError(TaylorPatchError):
 
 
 def said(error: BaseException) -> str:
-    """Name and text of an exception, for a line; the name alone where the text cannot be made."""
+    """Name and text of an exception on one line; our PluginError needs no name, and the name stands alone where there is no text."""
     try:
-        return f"{type(error).__name__}: {error}"
+        text = " ".join(filter(None, map(str.strip, str(error).splitlines())))
     except Exception:
-        return type(error).__name__
+        text = ""
+    if isinstance(error, PluginError):
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

@@ -95,7 +95,7 @@ def _candidates(router: Router, call: AttentionCall) -> list[Backend]:
     """Backends that the configuration may send this call to."""
     names = {router.config.settings.backend, *(rule.backend for rule in router.config.rules if rule.backend)}
     named = [router.backends[name] for name in router.backends if name in names and name != "sdpa"]
-    found = [backend for backend in named if not backend.reasons_against(call)]
+    found = [backend for backend in named if not router.reasons_against(backend, call)]
     if "auto" in names and (chosen := router.automatic(call).backend) is not None:
         found.append(chosen)
     return found

@@ -6,6 +6,7 @@ Nothing here imports torch: a plugin that declares its backends as LazyBackend c
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import logging
 import os
 from collections.abc import Iterable, Mapping
@@ -18,12 +19,13 @@ from typing import TYPE_CHECKING, Any
 import pluggy
 
 from taylor_patch import hookspecs
-from taylor_patch.declaration import LazyBackend
-from taylor_patch.errors import PluginError
+from taylor_patch.declaration import LazyBackend, NoOptions
+from taylor_patch.errors import PluginError, nearest, said
 from taylor_patch.time_limit import within
 
 if TYPE_CHECKING:
     from taylor_patch.backends.base import Backend
+    from taylor_patch.call import AttentionCall
 
 log = logging.getLogger("taylor_patch")
 
@@ -31,17 +33,24 @@ LOAD_SECONDS = 30.0
 """A plugin that takes longer to load is left out; TAYLOR_PATCH_PLUGIN_SECONDS sets another limit."""
 RESERVED = ("auto", "sdpa")
 """Backend names that no plugin may take: "sdpa" is what everything falls back to."""
+FIRST_PARTY = {"sage": "sage", "kitchen_int8": "kitchen", "kitchen_sol": "kitchen", "chunked": "example"}
+"""Backend -> entry point of the package taylor-patch-... that offers it: those of this repository's folder plugins/."""
 
 
 @dataclass(frozen=True)
 class Plugin:
-    """One plugin as `taylor-patch plugins` lists it; error is None when it works, notes name backends that gave way to others."""
+    """One plugin as `taylor-patch plugins` lists it.
+
+    error: why it is left out, None when it works. disallowed: whether the user has left it out. notes: its backends that gave way to
+    others or cannot be used.
+    """
 
     name: str
     origin: str
     backends: tuple[str, ...] = ()
     error: str | None = None
     notes: tuple[str, ...] = ()
+    disallowed: bool = False
 
 
 @dataclass
@@ -53,19 +62,37 @@ class Registry:
     backends: dict[str, LazyBackend] = field(default_factory=dict)
     seconds: float = LOAD_SECONDS
     strict: bool = False
+    left_out: dict[str, str] = field(default_factory=dict)
+    """Backend -> why it is left out while its plugin is not."""
+    _options: dict[str, type] = field(default_factory=dict)
     _kinds: dict[str, type[Backend]] = field(default_factory=dict)
+    _overruled: dict[str, tuple[str, LazyBackend]] = field(default_factory=dict)
+    """Backend -> the plugin and the declaration that gave way to another's of that name."""
 
     @property
     def option_types(self) -> dict[str, type]:
-        """Backend name -> dataclass of its options. A backend whose options cannot be imported is left out."""
-        found = {}
-        for name, declaration in list(self.backends.items()):
-            try:
-                found[name] = within(self.seconds, declaration.options_type) if isinstance(declaration.options, str) else declaration.options
-            except (Exception, SystemExit) as error:
-                self._problem(f'backend "{name}"', "its options", error)
-                del self.backends[name]
-        return found
+        """Backend name -> dataclass of its options. A backend whose options cannot be imported or used is left out."""
+        for name in list(self.backends):
+            self._check_options(name)
+        return dict(self._options)
+
+    def why_absent(self, name: str) -> str | None:
+        """Why there is no backend `name`, where that may be another reason than a mistake in the name; else None."""
+        entry = FIRST_PARTY.get(name, name)
+        plugin = next((plugin for plugin in self.plugins if plugin.name == entry), None)
+        if name in self.left_out:
+            return f"it is left out: {self.left_out[name]}"
+        if plugin is not None and plugin.error:
+            return f'plugin "{entry}" offers it and is left out: {plugin.error}'
+        if plugin is None and name in FIRST_PARTY:
+            return f"taylor-patch-{entry} offers it, which is not installed"
+        absent = [f"{plugin.name} ({plugin.error})" for plugin in self.plugins if plugin.error]
+        return f"it may be of a plugin that is left out: {', '.join(absent)}" if absent else None
+
+    def unknown(self, name: str, names: Iterable[str]) -> str:
+        """What to say of a backend `name` that is none of `names`: why, or which is meant."""
+        why = self.why_absent(name)
+        return f'"{name}" is not one of {", ".join(names)}' + (f": {why}." if why else ".") + nearest(name, names)
 
     def kind(self, name: str) -> type[Backend]:
         """The class of a backend, imported at its first use; one that cannot be imported refuses every call and says why."""
@@ -74,9 +101,41 @@ class Registry:
             try:
                 self._kinds[name] = within(self.seconds, declaration.load) if isinstance(declaration.target, str) else declaration.load()
             except (Exception, SystemExit) as error:
-                self._problem(f'backend "{name}"', str(declaration.target), error)
-                self._kinds[name] = _unloadable(declaration, f"it cannot be imported ({said(error)})")
+                self._kinds[name] = self.refusing(name, error, "it cannot be imported")
         return self._kinds[name]
+
+    def refusing(self, name: str, error: BaseException, what: str = "it is left out") -> type[Backend]:
+        """A class that refuses every call and says why, in the place of a backend that raised `error`; a line says so."""
+        self._problem(self.label(name), error)
+        return _refusing(self.backends[name], self._options.get(name), f"{what} ({said(error)})")
+
+    def label(self, name: str) -> str:
+        """'backend "x" (plugin y)'."""
+        owner = next((plugin.name for plugin in self.plugins if name in plugin.backends), None)
+        return f'backend "{name}"' + (f" (plugin {owner})" if owner else "")
+
+    def _check_options(self, name: str) -> None:
+        """Look at a backend's options class, once; leave the backend out where it cannot be used."""
+        if name in self._options:
+            return
+        try:
+            self._options[name] = within(self.seconds, self.backends[name].options_type)
+        except (Exception, SystemExit) as error:
+            self._problem(self.label(name), error)
+            owner = next(plugin for plugin in self.plugins if name in plugin.backends)
+            note = f'backend "{name}" is left out: {said(error)}'
+            self._change(owner, backends=tuple(other for other in owner.backends if other != name), notes=(*owner.notes, note))
+            del self.backends[name]
+            if name not in self._overruled:
+                self.left_out[name] = said(error)
+                return
+            before, self.backends[name] = self._overruled.pop(name)
+            owner = next(plugin for plugin in self.plugins if plugin.name == before)
+            self._change(owner, backends=(*owner.backends, name))
+            self._check_options(name)
+
+    def _change(self, plugin: Plugin, **values: Any) -> None:
+        self.plugins[self.plugins.index(plugin)] = dataclasses.replace(plugin, **values)
 
     def notify(self, hook: str, **arguments: Any) -> None:
         """Call a hook of each plugin by itself, so that one that raises does not keep the others from hearing."""
@@ -84,14 +143,15 @@ class Registry:
             others = [other for other in self.manager.get_plugins() if other is not plugin]
             try:
                 self.manager.subset_hook_caller(hook, others)(**arguments)
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 log.warning("taylor_patch: plugin %s: %s failed (%s)", self.manager.get_name(plugin), hook, said(error))
 
-    def _problem(self, subject: str, origin: str, error: BaseException) -> None:
+    def _problem(self, subject: str, error: BaseException) -> None:
         """One line about something that is left out, or PluginError with TAYLOR_PATCH_STRICT=1."""
         if self.strict:
-            raise PluginError(f"{subject} ({origin}): {said(error)}") from error
-        log.warning("taylor_patch: %s is left out (%s). Repair or uninstall it.", subject, said(error))
+            raise PluginError(f"{subject}: {said(error)}") from error
+        text = said(error)
+        log.warning("taylor_patch: %s is left out: %s%s Repair or uninstall it.", subject, text, "" if text.endswith((".", "?")) else ".")
 
 
 class BuiltinBackends:
@@ -123,32 +183,48 @@ def load(allow: Iterable[str] = ("*",), found: Iterable[EntryPoint] | None = Non
          environ: Mapping[str, str] = os.environ) -> Registry:
     """Built-in backends, then the entry points of group "taylor_patch" whose names match `allow`.
 
-    TAYLOR_PATCH_PLUGINS=a,b replaces `allow`; TAYLOR_PATCH_STRICT=1 raises PluginError instead of leaving anything out;
-    TAYLOR_PATCH_PLUGIN_SECONDS is the time that each plugin has.
+    TAYLOR_PATCH_PLUGINS=a,b replaces `allow`; TAYLOR_PATCH_STRICT=1 (or true, yes, on) raises PluginError instead of leaving anything
+    out; TAYLOR_PATCH_PLUGIN_SECONDS is the time that each plugin has.
     """
-    manager = pluggy.PluginManager(hookspecs.PROJECT)
-    manager.add_hookspecs(hookspecs)
-    registry = Registry(manager, seconds=_seconds(environ), strict=environ.get("TAYLOR_PATCH_STRICT") == "1")
+    strict = environ.get("TAYLOR_PATCH_STRICT", "").lower() in ("1", "true", "yes", "on")
+    registry = Registry(_manager(), seconds=_seconds(environ), strict=strict)
     _register(registry, "taylor_patch", "built in", BuiltinBackends, declared(BuiltinBackends))
-    if "TAYLOR_PATCH_PLUGINS" in environ:
-        allow = [name for name in environ["TAYLOR_PATCH_PLUGINS"].split(",") if name]
     patterns = tuple(allow)
-    for entry in sorted(entry_points(group=hookspecs.PROJECT) if found is None else found, key=lambda entry: entry.name):
+    source = f"plugins.allow = [{', '.join(f'{chr(34)}{pattern}{chr(34)}' for pattern in patterns)}]"
+    if "TAYLOR_PATCH_PLUGINS" in environ:
+        source = f"TAYLOR_PATCH_PLUGINS={environ['TAYLOR_PATCH_PLUGINS']}"
+        patterns = tuple(name for name in environ["TAYLOR_PATCH_PLUGINS"].split(",") if name)
+    entries = sorted(entry_points(group=hookspecs.PROJECT) if found is None else found, key=lambda entry: entry.name)
+    _warn_of_idle(patterns, source, [entry.name for entry in entries])
+    for entry in entries:
         if not any(fnmatchcase(entry.name, pattern) for pattern in patterns):
-            registry.plugins.append(Plugin(entry.name, entry.value, error="not allowed by plugins.allow"))
+            registry.plugins.append(Plugin(entry.name, entry.value, error=f"not allowed by {source}", disallowed=True))
             continue
         try:
             plugin, declarations = within(registry.seconds, partial(_loaded, entry))
             _register(registry, entry.name, entry.value, plugin, declarations)
         except (Exception, SystemExit) as error:
-            registry._problem(f"plugin {entry.name}", entry.value, error)
+            registry._problem(f"plugin {entry.name}", error)
             registry.plugins.append(Plugin(entry.name, entry.value, error=said(error)))
+            continue
+        for declaration in declarations:
+            if not isinstance(declaration.options, str) and registry.backends.get(declaration.name) is declaration:
+                registry._check_options(declaration.name)
     return registry
 
 
-def said(error: BaseException) -> str:
-    """An exception as a listing shows it; our own need no name before their text."""
-    return str(error) if isinstance(error, PluginError) else f"{type(error).__name__}: {error}"
+def _manager() -> pluggy.PluginManager:
+    manager = pluggy.PluginManager(hookspecs.PROJECT)
+    manager.add_hookspecs(hookspecs)
+    return manager
+
+
+def _warn_of_idle(patterns: Iterable[str], source: str, names: list[str]) -> None:
+    """A line for each pattern that allows no installed plugin."""
+    for pattern in patterns:
+        if pattern != "*" and not any(fnmatchcase(name, pattern) for name in names):
+            log.warning('taylor_patch: %s: "%s" is the name of no installed plugin; %s.%s', source, pattern,
+                        f"there are {', '.join(names)}" if names else "there are none", nearest(pattern, names))
 
 
 def _seconds(environ: Mapping[str, str]) -> float:
@@ -177,13 +253,17 @@ def declared(plugin: Any) -> tuple[LazyBackend, ...]:
     if version > hookspecs.API_VERSION:
         raise PluginError(f"it is written for plugin API {version}, and this taylor_patch has {hookspecs.API_VERSION}. "
                           "Upgrade taylor-patch, or install an older version of the plugin")
-    manager = pluggy.PluginManager(hookspecs.PROJECT)
-    manager.add_hookspecs(hookspecs)
+    manager = _manager()
+    _check_hooks(plugin, manager)
     manager.register(plugin)
     manager.check_pending()
+    hook = manager.hook.taylor_patch_register_backends
+    groups = hook()  # without the results that are None
+    if hook.get_hookimpls() and not groups:
+        raise PluginError("taylor_patch_register_backends returned None. Return a list of backends")
     found: dict[str, LazyBackend] = {}
-    for group in manager.hook.taylor_patch_register_backends():
-        for item in group:
+    for group in groups:
+        for item in _items(group):
             declaration = _declaration(item)
             if declaration.name in found:
                 raise PluginError(f'it registers backend "{declaration.name}" twice')
@@ -191,20 +271,52 @@ def declared(plugin: Any) -> tuple[LazyBackend, ...]:
     return tuple(found.values())
 
 
+def _check_hooks(plugin: Any, manager: pluggy.PluginManager) -> None:
+    """Raises PluginError where a plugin implements no hook, or a function that is meant as one is none."""
+    hooks = [name for name in vars(hookspecs) if name.startswith("taylor_patch_")]
+    implemented = False
+    for name in dir(plugin):
+        options = manager.parse_hookimpl_opts(plugin, name)
+        if options is not None:
+            implemented, hook = True, options.get("specname") or name
+            if hook not in hooks:
+                raise PluginError(f"{hook} is not a hook; there are {', '.join(hooks)}." + nearest(hook, hooks))
+        elif name in hooks and inspect.isroutine(getattr(plugin, name)):
+            raise PluginError(f"{name} is not marked as a hook. Put @taylor_patch.hookimpl above it (below @staticmethod)")
+    if not implemented:
+        raise PluginError(f"{getattr(plugin, '__name__', repr(plugin))} implements no hook; there are {', '.join(hooks)}")
+
+
+def _items(group: Any) -> Iterable[Any]:
+    """The backends in what the hook returned; one backend stands for a list of it. Raises PluginError where it is no list."""
+    if isinstance(group, type | LazyBackend):
+        return (group,)
+    if isinstance(group, str | Mapping) or not isinstance(group, Iterable):
+        raise PluginError(f"taylor_patch_register_backends returned {group!r}. Return a list of backends")
+    return group
+
+
 def _declaration(item: Any) -> LazyBackend:
-    """The declaration of what a plugin registered. Raises PluginError where it is no backend or has no valid name."""
+    """The declaration of what a plugin registered. Raises PluginError where it is no backend or its declaration has a wrong value."""
     declaration = item
     if isinstance(item, type):
         from taylor_patch.backends.base import Backend
 
         if issubclass(item, Backend):
-            name = getattr(item, "name", None)
-            declaration = LazyBackend.of(item) if isinstance(name, str) else LazyBackend(repr(name), item)
+            if not hasattr(item, "name"):
+                raise PluginError(f'{item.__name__} has no name. Give it one: name = "..."')
+            declaration = LazyBackend.of(item)
     if not isinstance(declaration, LazyBackend):
         raise PluginError(f"it registered {item!r}, which is neither a subclass of taylor_patch.Backend nor a taylor_patch.LazyBackend")
     name = declaration.name
-    if not isinstance(name, str) or not name.isidentifier() or name != name.lower() or name == "auto":
+    if name == "auto":
+        raise PluginError('backend name "auto" is reserved. Choose another')
+    if not isinstance(name, str) or not name.isidentifier() or name != name.lower():
         raise PluginError(f"backend name {name!r} is not a lower_snake identifier")
+    if not isinstance(declaration.priority, int):
+        raise PluginError(f'backend "{name}" has priority = {declaration.priority!r}, which is not a whole number')
+    if isinstance(declaration.needs, str):
+        raise PluginError(f'backend "{name}" has needs = {declaration.needs!r}, which is not a tuple of module names')
     return declaration
 
 
@@ -224,30 +336,37 @@ def _register(registry: Registry, name: str, origin: str, plugin: Any, declarati
         wins = declaration.priority > old.priority and declaration.name not in RESERVED
         note = (f'backend "{declaration.name}" is offered by {before.name} (priority {old.priority}) and {name} '
                 f"(priority {declaration.priority}): that of {name if wins else before.name} is used")
+        advice = "Uninstall one of them, or leave one out of plugins.allow"
+        if before.name == hookspecs.PROJECT:  # built in
+            advice = "Rename yours" + ("" if declaration.name in RESERVED else " if that is not wanted" if wins else " or raise its priority")
         if registry.strict:
             registry.manager.unregister(plugin)
-            raise PluginError(note)
-        log.warning("taylor_patch: %s. Uninstall one of them, or leave one out of plugins.allow.", note)
+            raise PluginError(f"{note}. {advice}")
+        log.warning("taylor_patch: %s. %s.", note, advice)
         notes.append(note)
         if wins:
             kept.append(declaration)
+            registry._overruled[declaration.name] = (before.name, old)
             left = tuple(other for other in before.backends if other != declaration.name)
-            registry.plugins[registry.plugins.index(before)] = dataclasses.replace(before, backends=left, notes=(*before.notes, note))
+            registry._change(before, backends=left, notes=(*before.notes, note))
     registry.backends.update((declaration.name, declaration) for declaration in kept)
     registry.plugins.append(Plugin(name, origin, tuple(declaration.name for declaration in kept), notes=tuple(notes)))
 
 
-def _unloadable(declaration: LazyBackend, reason: str) -> type[Backend]:
-    """A backend in the place of one that cannot be imported."""
+def _refusing(declaration: LazyBackend, options: type | None, reason: str) -> type[Backend]:
+    """A backend in the place of one that cannot be used."""
     from taylor_patch.backends.base import Backend
 
-    class Unloadable(Backend):
+    class Refusing(Backend):
         name = declaration.name
         summary = declaration.summary
         priority = declaration.priority
-        options_type = declaration.options_type()
+        options_type = options or NoOptions
+
+        def reasons_against(self, call: AttentionCall) -> tuple[str, ...]:
+            return self.unavailable()
 
         def unavailable(self) -> tuple[str, ...]:
             return (reason,)
 
-    return Unloadable
+    return Refusing

@@ -5,15 +5,15 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from taylor_patch import calibration
-from taylor_patch.backends.base import Backend
+from taylor_patch.backends.base import Backend, as_reasons
 from taylor_patch.call import AttentionCall
 from taylor_patch.config import Config
 from taylor_patch.errors import said
@@ -21,6 +21,7 @@ from taylor_patch.plugins import Registry
 
 log = logging.getLogger("taylor_patch")
 
+T = TypeVar("T")
 CROSSOVER_HEADS = 24
 """Heads (times batch) with which crossovers are measured. Exact attention has heads x queries x keys to do; fewer heads or keys leave it as
 little at more tokens, where a backend's fixed cost weighs as much."""
@@ -35,7 +36,10 @@ class Choice:
 
 
 class Backends(Mapping[str, Backend]):
-    """Name -> backend with its options. A backend is imported and made when it is first asked for."""
+    """Name -> backend with its options. A backend is imported and made when it is first asked for.
+
+    One that raises while it is made, or where it is asked about calls, is replaced by one that refuses every call and says why.
+    """
 
     def __init__(self, registry: Registry, options: Callable[[str], Any]) -> None:
         self._registry, self._options = registry, options
@@ -43,8 +47,25 @@ class Backends(Mapping[str, Backend]):
 
     def __getitem__(self, name: str) -> Backend:
         if name not in self._made:
-            self._made[name] = self._registry.kind(name)(self._options(name))
+            kind = self._registry.kind(name)
+            try:
+                self._made[name] = kind(self._options(name))
+            except (Exception, SystemExit) as error:
+                return self.leave_out(name, error)
         return self._made[name]
+
+    def leave_out(self, name: str, error: BaseException) -> Backend:
+        """Put one that refuses every call in the place of a backend that raised `error`; a line says so."""
+        self._made[name] = self._registry.refusing(name, error)()
+        return self._made[name]
+
+    def label(self, name: str) -> str:
+        """'backend "x" (plugin y)', for a message."""
+        return self._registry.label(name)
+
+    def unknown(self, name: str, names: Iterable[str]) -> str:
+        """What to say of a backend `name` that is none of `names`."""
+        return self._registry.unknown(name, names)
 
     @property
     def made(self) -> tuple[Backend, ...]:
@@ -83,6 +104,24 @@ class Router:
         """All backends, those that `auto` tries first at the head."""
         return sorted(self.backends.values(), key=lambda backend: -backend.priority)
 
+    def ask(self, backend: Backend, question: Callable[[Backend], T]) -> T:
+        """`question(backend)`. A backend that raises is left out, and the one that takes its place is asked instead."""
+        try:
+            return question(backend)
+        except (Exception, SystemExit) as error:
+            refusing = self.backends.leave_out(backend.name, error)
+            vars(self).pop("by_priority", None)
+            self._cache.clear()
+            return question(refusing)
+
+    def unavailable(self, name: str) -> tuple[str, ...]:
+        """Why the backend `name` can run no call here; empty when it can."""
+        return self.ask(self.backends[name], lambda asked: as_reasons(asked.unavailable(), "unavailable()"))
+
+    def reasons_against(self, backend: Backend, call: AttentionCall) -> tuple[str, ...]:
+        """Every reason why the backend cannot run `call`; empty when it can."""
+        return self.ask(backend, lambda asked: as_reasons(asked.reasons_against(call), "reasons_against()"))
+
     def least_tokens(self, device: torch.device) -> tuple[float, str]:
         """(n, reason): calls with fewer than n query tokens on `device` are exact for that reason, whatever else they are."""
         found = self._least.get(device)
@@ -93,7 +132,7 @@ class Router:
     def crossover(self, backend: Backend, device: torch.device) -> int | None:
         """Tokens from which `auto` may use `backend`: as measured on this machine, else as the backend was measured; None for never."""
         here = calibration.measured(device)
-        return here[backend.name] if backend.name in here else backend.crossover_tokens(device)
+        return here[backend.name] if backend.name in here else self.ask(backend, lambda asked: _crossover(asked, device))
 
     def _find_least(self, device: torch.device) -> tuple[float, str]:
         settings = self.config.settings
@@ -116,14 +155,14 @@ class Router:
             try:
                 if backend.name not in failed:
                     backend.keep(memo)
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 log.warning("taylor_patch: %s could not keep what the run has settled (%s)", backend.name, said(error))
 
     def _options(self, name: str) -> Any:
         """Options of a backend; a number in [taylor_patch] min_tokens holds for backends that set none of their own."""
-        options, least = self.config.options[name], self.config.settings.min_tokens
+        options, least = self.config.options.get(name), self.config.settings.min_tokens  # none where the configuration is invalid
         own = any("min_tokens" in layer.data.get("backends", {}).get(name, {}) for layer in self.config.layers)
-        if least == "auto" or own or not hasattr(options, "min_tokens"):
+        if options is None or least == "auto" or own or not hasattr(options, "min_tokens"):
             return options
         return dataclasses.replace(options, min_tokens=least)
 
@@ -161,7 +200,7 @@ class Router:
 
     def _named(self, name: str, call: AttentionCall) -> Choice:
         backend = self.backends[name]
-        reasons = tuple(f"{name}: {reason}" for reason in backend.reasons_against(call))
+        reasons = tuple(f"{name}: {reason}" for reason in self.reasons_against(backend, call))
         return Choice(None, reasons) if reasons else Choice(backend)
 
     def automatic(self, call: AttentionCall) -> Choice:
@@ -175,14 +214,22 @@ class Router:
                 continue
             crossover = self.crossover(backend, call.q.device)
             if crossover is None:
-                passed_over.append(f"{backend.name}: not measured to be faster on {call.q.device.type}")
+                reasons = self.unavailable(backend.name) or (f"not measured to be faster on {call.q.device.type}",)
+                passed_over += [f"{backend.name}: {reason}" for reason in reasons]
             elif self.config.settings.min_tokens == "auto" and tokens < crossover:
                 passed_over.append(f"{backend.name}: fewer tokens than the measured crossover {crossover}")
             elif self.config.settings.min_tokens == "auto" and lanes * tokens * keys < CROSSOVER_HEADS * crossover**2:
                 passed_over.append(f"{backend.name}: {few}: crossovers are measured with {CROSSOVER_HEADS}"
                                    f"{'' if call.self_attention else ' heads and as many keys as queries'}")
-            elif reasons := backend.reasons_against(call):
+            elif reasons := self.reasons_against(backend, call):
                 passed_over += [f"{backend.name}: {reason}" for reason in reasons]
             else:
                 return Choice(backend, tuple(passed_over))
         return Choice(None, tuple(passed_over) or ("no backend",))
+
+
+def _crossover(backend: Backend, device: torch.device) -> int | None:
+    found = backend.crossover_tokens(device)
+    if found is not None and (not isinstance(found, int) or isinstance(found, bool)):
+        raise TypeError(f"crossover_tokens() returned {found!r}, neither a number of tokens nor None")
+    return found

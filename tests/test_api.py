@@ -7,6 +7,9 @@ import torch
 import torch.nn.functional as F
 
 import taylor_patch
+from taylor_patch import engine as engines
+from taylor_patch.backends.base import Backend, Fallback
+from taylor_patch.declaration import LazyBackend
 from taylor_patch.errors import BackendRefused, ConfigError, TaylorPatchError
 
 
@@ -94,7 +97,16 @@ def call(**kwargs):
     ({"options": {"density": 1.0}}, TaylorPatchError, "name it instead"),
     ({"quality": "balancd"}, ConfigError, 'Did you mean "balanced"?'),
     ({"quality": 3.0}, ConfigError, "outside 0 to 1"),
-], ids=["unknown", "no-grid", "grid", "text", "option", "option-range", "options-of-auto", "quality", "quality-range"])
+    ({"quality": [1]}, TaylorPatchError, "quality is [1]; it has to be one of lossless, balanced, fast or a number"),
+    ({"grid": (10, 26)}, TaylorPatchError, "grid is (10, 26); it has to be (t, h, w)"),
+    ({"grid": 260}, TaylorPatchError, "grid is 260; it has to be (t, h, w)"),
+    ({"grid": (1, 16, 16), "text": 4}, TaylorPatchError, "text is 4; it has to be (start, stop)"),
+    ({"backend": None}, TaylorPatchError, "backend is None; it has to be one of auto, near_far,"),
+    ({"backend": "near_far", "options": [1]}, TaylorPatchError, "options is [1]; it has to be a mapping"),
+    ({"backend": "sdpa", "options": {"x": 1}}, ConfigError, "backends.sdpa.x: unknown key; sdpa has no options."),
+    ({"backend": "sage"}, BackendRefused, "taylor-patch-sage offers it, which is not installed"),
+], ids=["unknown", "no-grid", "grid", "text", "option", "option-range", "options-of-auto", "quality", "quality-range", "quality-type",
+        "grid-pair", "grid-number", "text-number", "no-backend", "options-list", "no-options", "not-installed"])
 def test_refusals_say_what_to_do(kwargs, error, text):
     with pytest.raises(error) as raised:
         call(**kwargs)
@@ -107,3 +119,47 @@ def test_tensors_that_do_not_fit():
         taylor_patch.attention(q, k[..., :8], v)
     with pytest.raises(TaylorPatchError, match="do not fit together"):
         taylor_patch.attention(q[0], k[0], v[0])
+    with pytest.raises(TaylorPatchError, match=r"mask \[1, 1, 1, 19\] does not fit 20 queries and 20 keys"):
+        taylor_patch.attention(q, k, v, mask=torch.ones(1, 1, 1, 19).bool())
+    with pytest.raises(BackendRefused, match="k is float16, q is float32; v is float16, q is float32"):
+        taylor_patch.attention(q, k.half(), v.half(), backend="taylor_torch")
+    with pytest.raises(TaylorPatchError, match=r"k is numpy.ndarray; it has to be a torch.Tensor"):
+        taylor_patch.attention(q, k.numpy(), v)
+
+
+@pytest.mark.parametrize(("result", "text"), [
+    (lambda q: q[:, :, 1:], 'backend "mine" returned [2, 4, 259, 16] torch.float32 on cpu for q [2, 4, 260, 16]'),
+    (lambda q: q.double(), 'backend "mine" returned [2, 4, 260, 16] torch.float64'),
+    (lambda q: None, 'backend "mine" returned NoneType instead of a tensor'),
+], ids=["shape", "dtype", "none"])
+def test_a_result_of_another_form_is_refused(result, text, monkeypatch):
+    mine = type("Mine", (Backend,), {"name": "mine", "run": lambda self, call: result(call.q)})
+    engines.engine().registry.backends["mine"] = LazyBackend.of(mine)
+    with pytest.raises(BackendRefused) as refused:
+        call(backend="mine")
+    assert text in str(refused.value)
+
+
+def test_a_backend_that_hands_a_call_back():
+    def run(self, call):
+        raise Fallback("not today")
+
+    mine = type("Mine", (Backend,), {"name": "mine", "priority": 500, "run": run, "crossover_tokens": lambda self, device: 1})
+    engines.engine().registry.backends["mine"] = LazyBackend.of(mine)
+    with pytest.raises(BackendRefused, match="not today"):
+        call(backend="mine")
+    q = torch.randn(2, 24, 60, 16)
+    assert taylor_patch.explain(q, q, q).backend.name == "mine"
+    torch.testing.assert_close(taylor_patch.attention(q, q, q), taylor_patch.attention(q, q, q, backend="sdpa"))
+
+
+def test_options_that_a_backend_cannot_be_made_with():
+    def init(self, options=None):
+        if options is not None and self.made:
+            raise ValueError("inside")
+        type(self).made = True
+
+    mine = type("Mine", (Backend,), {"name": "mine", "made": False, "__init__": init})
+    engines.engine().registry.backends["mine"] = LazyBackend.of(mine)
+    with pytest.raises(BackendRefused, match=r'backend "mine" cannot be asked whether it can run: ValueError: inside'):
+        call(backend="mine", options={})

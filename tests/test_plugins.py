@@ -85,8 +85,8 @@ BROKEN = {
     "not-a-class": (plugin(42), "neither a subclass"),
     "other-class": (plugin(dict), "neither a subclass"),
     "instance": (plugin(Good()), "neither a subclass"),
-    "no-name": (plugin(Nameless), "not a lower_snake identifier"),
-    "auto": (plugin(Reserved), "not a lower_snake identifier"),
+    "no-name": (plugin(Nameless), 'Nameless has no name. Give it one: name = "..."'),
+    "auto": (plugin(Reserved), 'backend name "auto" is reserved'),
     "upper-case": (plugin(Upper), "not a lower_snake identifier"),
     "twice": (plugin(Good, Good), 'registers backend "good" twice'),
     "newer-api": (api(2, Good), "written for plugin API 2, and this taylor_patch has 1. Upgrade taylor-patch"),
@@ -265,7 +265,7 @@ def test_lazy_backend_that_cannot_be_imported_is_an_error_when_strict(lazy):
 def test_options_that_cannot_be_imported_leave_the_backend_out(options, caplog):
     later = plugins.LazyBackend("later", "anything:At", options=options)
     registry = plugins.load(found=[Entry("a", plugin(later))], environ={})
-    assert set(registry.option_types) == BUILT_IN == set(registry.backends) and 'backend "later" is left out' in caplog.text
+    assert set(registry.option_types) == BUILT_IN == set(registry.backends) and 'backend "later" (plugin a) is left out: ' in caplog.text
 
 
 def test_a_named_lazy_backend_says_why_it_cannot_run(lazy, monkeypatch, configure):
@@ -299,7 +299,10 @@ def test_allow_list(allow, environ, loaded):
     target = plugin(Good) if loaded else AssertionError("must not be imported")
     registry = plugins.load(allow, [Entry("goodies", target)], environ)
     assert ("good" in registry.backends) is loaded
-    assert registry.plugins[-1].error == (None if loaded else "not allowed by plugins.allow")
+    variable = environ.get("TAYLOR_PATCH_PLUGINS")
+    source = f"plugins.allow = {list(allow)}".replace("'", '"') if variable is None else f"TAYLOR_PATCH_PLUGINS={variable}"
+    assert registry.plugins[-1].error == (None if loaded else f"not allowed by {source}")
+    assert registry.plugins[-1].disallowed is not loaded
 
 
 def test_allow_list_of_the_file_reaches_the_loader(configure, monkeypatch):

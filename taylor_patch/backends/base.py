@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
@@ -45,6 +45,16 @@ class Backend:
     """The same call gives the same bits twice."""
     options_type: ClassVar[type] = NoOptions
 
+    @classmethod
+    def declaration_problems(cls) -> list[str]:
+        """What is wrong with the class attributes, as "attribute = value: what it has to be"; looked at when the backend is loaded."""
+        wanted = {
+            "devices": ("a set of device types, such as frozenset({\"cuda\"})", _all_are(str, cls.devices)),
+            "dtypes": ("a set of torch dtypes, such as frozenset({torch.float16})", _all_are(torch.dtype, cls.dtypes)),
+            "head_dims": ("a range, such as range(16, 257, 16); say more in reasons_against", isinstance(cls.head_dims, range)),
+        }
+        return [f"{name} = {getattr(cls, name)!r}: it has to be {what}" for name, (what, right) in wanted.items() if not right]
+
     def __init__(self, options: Any = None) -> None:
         self.options = self.options_type() if options is None else options
 
@@ -59,11 +69,13 @@ class Backend:
     def reasons_against(self, call: AttentionCall) -> tuple[str, ...]:
         """Every reason why this backend cannot run `call`; empty when it can. Reads shapes only."""
         batch, heads, n_q, head_dim = call.q.shape
-        reasons = list(self.unavailable())
+        reasons = list(as_reasons(self.unavailable(), "unavailable()"))
         if call.q.device.type not in self.devices:
             reasons.append(f"device {call.q.device.type}")
-        if call.q.dtype not in self.dtypes or call.k.dtype != call.q.dtype or call.v.dtype != call.q.dtype:
-            reasons.append(f"dtype {str(call.q.dtype).removeprefix('torch.')}")
+        if call.q.dtype not in self.dtypes:
+            reasons.append(f"dtype {dtype_name(call.q)}")
+        reasons += [f"{name} is {dtype_name(x)}, q is {dtype_name(call.q)}" for name, x in (("k", call.k), ("v", call.v))
+                    if x.dtype != call.q.dtype]
         if head_dim not in self.head_dims:
             reasons.append(f"head_dim {head_dim} outside {self.head_dims.start} to {self.head_dims.stop - 1}")
         if call.row_mask is not None:
@@ -117,6 +129,24 @@ class Backend:
     def run(self, call: AttentionCall) -> Tensor:
         """Attention of `call` as [B, H, N_q, D] in q's dtype. Raises Fallback instead of returning a bad result."""
         raise NotImplementedError(f"{self.name} does not compute")
+
+
+def as_reasons(found: object, source: str) -> tuple[str, ...]:
+    """What `source`, a method of a backend, returned as reasons, as a tuple; one text is one reason. Raises TypeError for anything else."""
+    if isinstance(found, str):
+        return (found,)
+    if not isinstance(found, tuple | list) or not all(isinstance(reason, str) for reason in found):
+        raise TypeError(f"{source} returned {found!r}, not a tuple of reasons")
+    return tuple(found)
+
+
+def dtype_name(x: Tensor) -> str:
+    """"float16", for a message."""
+    return str(x.dtype).removeprefix("torch.")
+
+
+def _all_are(kind: type, values: object) -> bool:
+    return isinstance(values, Collection) and not isinstance(values, str) and all(isinstance(value, kind) for value in values)
 
 
 def expand_kv(x: Tensor, heads: int) -> Tensor:

@@ -14,10 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from taylor_patch.backends.base import Backend, Fallback
+from taylor_patch.backends.base import Backend, Fallback, as_reasons
 from taylor_patch.backends.sdpa import Sdpa
 from taylor_patch.call import AttentionCall, TokenGrid
 from taylor_patch.demo import model as demo_model
+from taylor_patch.engine import check_form
+from taylor_patch.errors import said
 from taylor_patch.guard import exact_rows, relative_error, spread
 
 LADDER = (1024, 2048, 4096, 8192, 12288, 16384, 24576, 32768, 65536)
@@ -154,22 +156,28 @@ def compare(backends: list[Backend], call: AttentionCall, seconds: float, with_e
     for backend in backends:
         if backend.name == "sdpa":
             continue
-        if reasons := backend.reasons_against(call):
-            rows.append(Row(backend.name, note="; ".join(reasons)))
-            continue
         try:
-            spent = milliseconds(lambda backend=backend: backend.run(call), device, seconds)  # type: ignore[misc]
-            peak = _peak_mib(lambda backend=backend: backend.run(call), device)  # type: ignore[misc]
-        except Exception as error:  # one backend that fails must not end the table
-            rows.append(Row(backend.name, note=f"{type(error).__name__}: {error}"))
-            continue
-        note = ""
-        found = errors(backend, calls)
-        if calls and found is None:
-            found, note = errors_of_rows(backend.run(call), call), "refuses the trained model's calls; errors on the call that was timed"
-        median, p90 = found or (None, None)
-        rows.append(Row(backend.name, spent, reference / spent, peak, median, p90, note))
+            rows.append(_row(backend, call, reference, calls, seconds))
+        except (Exception, SystemExit) as error:  # one backend that fails must not end the table
+            rows.append(Row(backend.name, note=said(error)))
     return rows
+
+
+def _row(backend: Backend, call: AttentionCall, reference: float, calls: list[AttentionCall], seconds: float) -> Row:
+    """The row of one backend. reference: milliseconds of exact attention. Raises what the backend raises."""
+    device = call.q.device
+    if reasons := as_reasons(backend.reasons_against(call), "reasons_against()"):
+        return Row(backend.name, note="; ".join(reasons))
+    if problem := check_form(backend.run(call), call):
+        return Row(backend.name, note=problem)
+    spent = milliseconds(lambda: backend.run(call), device, seconds)
+    peak = _peak_mib(lambda: backend.run(call), device)
+    note = ""
+    found = errors(backend, calls)
+    if calls and found is None:
+        found, note = errors_of_rows(backend.run(call), call), "refuses the trained model's calls; errors on the call that was timed"
+    median, p90 = found or (None, None)
+    return Row(backend.name, spent, reference / spent, peak, median, p90, note)
 
 
 def _is_accurate(backend: Backend, calls: list[AttentionCall], target_error: float) -> bool:

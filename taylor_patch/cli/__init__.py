@@ -173,6 +173,8 @@ def plugins(context: click.Context, as_json: bool) -> None:
         click.echo(f"{plugin.name:20} {plugin.error or ', '.join(plugin.backends) or 'no backends'} ({plugin.origin})")
         for note in plugin.notes:
             click.echo(f"{'':20} {note}")
+    if troubled := sum(bool(plugin.notes or (plugin.error and not plugin.disallowed)) for plugin in found):
+        click.echo(f"{troubled} of {len(found)} have a problem. With TAYLOR_PATCH_STRICT=1 the first one is an error, with exit status 1.")
 
 
 @plugins.command()
@@ -236,7 +238,8 @@ def show() -> None:
     """Print the configuration in force, as TOML."""
     from taylor_patch import config as configuration
 
-    click.echo(configuration.as_toml(configuration.load(_option_types())), nl=False)
+    registry = _registry()
+    click.echo(configuration.as_toml(configuration.load(registry.option_types, why_absent=registry.why_absent)), nl=False)
 
 
 @config.command()
@@ -246,7 +249,8 @@ def explain(key: str, as_json: bool) -> None:
     """Show every place that sets KEY, for example taylor_patch.backend, and which one wins."""
     from taylor_patch import config as configuration
 
-    rows = configuration.explain(configuration.load(_option_types()), key)
+    registry = _registry()
+    rows = configuration.explain(configuration.load(registry.option_types, why_absent=registry.why_absent), key)
     if as_json:
         click.echo(json.dumps([{"place": place, "value": value, "wins": wins} for place, value, wins in rows], indent=2))
         return
@@ -260,10 +264,10 @@ def check(path: Path | None) -> None:
     """Check PATH, or the configuration in force; exit status 1 with file:line:column where it is wrong."""
     from taylor_patch import config as configuration
 
-    if path is None:
-        configuration.load(_option_types())
-    else:
-        configuration.merge([configuration.file_layer(path)], _option_types())
+    registry = _registry()
+    layers = configuration.layers_of() if path is None else [configuration.file_layer(path)]
+    for sentence in configuration.merge(layers, registry.option_types, registry.why_absent).ignored:
+        click.echo(f"note: {sentence}")
     click.echo("The configuration is valid.")
 
 

@@ -40,13 +40,13 @@ def bench(model: str, size: tuple[int, int] | None, frames: int | None, names: t
     from taylor_patch import config as configuration
     from taylor_patch.bench import measure, shapes
     from taylor_patch.engine import engine
-    from taylor_patch.errors import TaylorPatchError, nearest
+    from taylor_patch.errors import TaylorPatchError
     from taylor_patch.router import CROSSOVER_HEADS
 
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device_name == "auto" else device_name)
     router = engine().router
     if unknown := [name for name in names if name not in router.backends]:
-        raise TaylorPatchError(f'"{unknown[0]}" is not one of {", ".join(sorted(router.backends))}.' + nearest(unknown[0], router.backends))
+        raise TaylorPatchError(router.backends.unknown(unknown[0], sorted(router.backends)))
     backends = [backend for backend in router.by_priority if not names or backend.name in names]
     family = shapes.FAMILIES[model]
     target = configuration.quality_value(_number(quality) if quality is not None else engine().config.settings.quality)

@@ -10,7 +10,10 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from taylor_patch.plugins import Plugin
 
 Finding = tuple[str, str]
 """(state, text): "ok", "note", or "problem" where it stops taylor_patch from working."""
@@ -31,9 +34,10 @@ def backend_rows() -> list[dict[str, Any]]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows = []
     for backend in router.by_priority:
-        problems = [*backend.unavailable(), *([] if device.type in backend.devices else [f"not for {device.type}"])]
+        crossover = router.crossover(backend, device)
+        problems = [*router.unavailable(backend.name), *([] if device.type in backend.devices else [f"not for {device.type}"])]
         rows.append({"name": backend.name, "summary": backend.summary, "priority": backend.priority, "reasons_against": problems,
-                     "auto_from_tokens": router.crossover(backend, device)})
+                     "auto_from_tokens": None if problems else crossover})
     return rows
 
 
@@ -105,6 +109,11 @@ def _configuration() -> list[Finding]:
     except Exception as error:
         return [("problem", f"{type(error).__name__}: {error}")]
     state: Finding = ("problem", engine.problem) if engine.problem else ("ok", f"configuration: {engine.describe()}")
-    return [state, *(("problem", f"plugin {p.name}: {p.error}") if p.error else ("ok", f"plugin {p.name}: {', '.join(p.backends)}")
-                     for p in engine.registry.plugins),
+    return [state, *(("note", sentence) for sentence in engine.config.ignored), *map(_plugin, engine.registry.plugins),
             *(("problem", note) for note in dict.fromkeys(note for p in engine.registry.plugins for note in p.notes))]
+
+
+def _plugin(plugin: Plugin) -> Finding:
+    if plugin.error:
+        return "note" if plugin.disallowed else "problem", f"plugin {plugin.name}: {plugin.error}"
+    return "ok", f"plugin {plugin.name}: {', '.join(plugin.backends)}"

@@ -46,7 +46,8 @@ def change(engine: Engine, settings: Mapping[str, Any]) -> None:
     at = next((n for n, layer in enumerate(layers) if layer.origin == str(path)), len(layers))
     old = layers[at] if at < len(layers) else Layer(str(path), {})
     new = configuration.text_layer(path, _edited(old, settings))
-    config = configuration.merge([*layers[:at], new, *layers[at + 1 :]], engine.registry.option_types)
+    config = configuration.merge([*layers[:at], new, *layers[at + 1 :]], engine.registry.option_types,
+                                 engine.registry.why_absent)
     for key in settings:
         if place := set_elsewhere(config, path, key):
             raise ConfigError(f"{TABLE}.{key}: it is set by {place}, which goes before [{TABLE}] of {path}. Change it there, or remove it.")

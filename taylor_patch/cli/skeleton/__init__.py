@@ -8,6 +8,7 @@ from pathlib import Path
 from string import Template
 
 from taylor_patch.errors import TaylorPatchError
+from taylor_patch.plugins import BuiltinBackends
 
 TEMPLATES = Path(__file__).parent
 # Template -> file of the plugin; $package and $name are filled in both.
@@ -26,9 +27,12 @@ def write(name: str, folder: Path | None = None) -> Path:
     Raises TaylorPatchError where the name cannot be a package's, or the folder holds something already.
     """
     short = re.sub("^taylor[-_]patch[-_]", "", name).replace("-", "_")
-    if not re.fullmatch("[a-z][a-z0-9_]*", short) or short in ("auto", "sdpa"):
+    taken = ("auto", *(backend.name for backend in BuiltinBackends.taylor_patch_register_backends()))
+    if short in taken:
+        raise TaylorPatchError(f'"{name}" is a backend of taylor_patch itself ({", ".join(taken)} are taken). Choose another name')
+    if not re.fullmatch("[a-z][a-z0-9_]*", short):
         raise TaylorPatchError(f'"{name}" cannot be a plugin\'s name: use lower-case letters, digits and "-", a letter first, '
-                               'for example "my-attention" ("auto" and "sdpa" are taken)')
+                               'for example "my-attention"')
     distribution = f"taylor-patch-{short.replace('_', '-')}"
     made = Path(distribution) if folder is None else folder
     if made.exists() and any(made.iterdir()):
