@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from taylor_patch.errors import ConfigError, nearest
+from taylor_patch.options import option, problems_of
 from taylor_patch.rules import CONDITIONS, RESPECT, Rule, parse_conditions
 from taylor_patch.toml_location import locate
 
@@ -38,55 +39,47 @@ RESERVED_VARIABLES = {"TAYLOR_PATCH_CONFIG", "TAYLOR_PATCH_PLUGINS", "TAYLOR_PAT
 class Settings:
     """The table [taylor_patch]."""
 
-    enabled: bool = True
-    profile: str = ""
-    backend: str = "auto"
-    quality: str | float = "balanced"
-    min_tokens: int | Literal["auto"] = "auto"
-    start_percent: float = 0.0
-    end_percent: float = 1.0
-    quality_check: bool = True
-    quality_check_samples: int = 16
-    quality_check_log_every: int = 1
-    quality_limit: float = 2.0
-    hook: Literal["module", "override"] = "module"
-    override_models: tuple[str, ...] = ()
-    memory_reserve: bool | Literal["free_memory"] = True
-    memory_reserve_factor: float = 1.1
-    memory_reserve_log: bool = True
-    cache: bool = True
-    log: Literal["off", "run", "step", "call"] = "run"
-    log_file: str = ""
-    page: bool = True
+    enabled: bool = option(True, "`false`: exact everywhere")
+    profile: str = option("", "the profile in force, of `[profiles.NAME]`")
+    backend: str = option(
+        "auto", 'a backend\'s name, `"sdpa"` for exact, or `"auto"`: the best one that was measured to be faster on this device')
+    quality: str | float = option(
+        "balanced", 'relative L2 error aimed at per attention call: `"lossless"` 0.02, `"balanced"` 0.03, `"fast"` 0.10, or a number',
+        above=0, at_most=1)
+    min_tokens: int | Literal["auto"] = option(
+        "auto", 'calls with fewer query tokens are exact; `"auto"`: each backend\'s own bound, or its measured crossover', at_least=1)
+    start_percent: float = option(0.0, "exact before this part of the schedule", at_least=0, at_most=1)
+    end_percent: float = option(1.0, "exact after this part of the schedule", at_least=0, at_most=1)
+    quality_check: bool = option(True, "compare sampled query rows with exact attention, and time exact attention to estimate what is saved")
+    quality_check_samples: int = option(16, "query rows of a sampled call", at_least=1)
+    quality_check_log_every: int = option(1, "sample in every so many steps; a run's first is sampled in any case", at_least=1)
+    quality_limit: float = option(
+        2.0, "a block whose sampled error is above this many times the error asked for is exact for the rest of the run, and its step is "
+        "computed again; `0`: never", at_least=0)
+    hook: Literal["module", "override"] = option("module", "where calls are met: ComfyUI's functions, or its slot for overrides")
+    override_models: tuple[str, ...] = option((), "model families, with `*`, that are met at the override slot as well")
+    memory_reserve: bool | Literal["free_memory"] = option(
+        True, 'ask ComfyUI to keep the backends\' workspace free when it places the weights; `"free_memory"`: unload models for it instead')
+    memory_reserve_factor: float = option(1.1, "the workspace times this is reserved", at_least=0, at_most=10)
+    memory_reserve_log: bool = option(True, "say at INFO how much is reserved")
+    cache: bool = option(True, "keep on disk what a run has settled or measured, for later runs of such a model at such a size")
+    log: Literal["off", "run", "step", "call"] = option(
+        "run", "lines in the log: none, one a sampling run, one a model evaluation too, one an attention call too")
+    log_file: str = option("", "write every step and run to this file as JSON lines; empty: none")
+    page: bool = option(True, "the page at `/taylor_patch` of ComfyUI's server")
 
     def problems(self) -> dict[str, str]:
-        """Key -> what is wrong with its value; empty when all is well."""
-        found = {}
-        if isinstance(self.quality, str) and self.quality not in QUALITIES:
-            found["quality"] = (f'"{self.quality}" is not one of {", ".join(QUALITIES)} or a number.'
-                                + nearest(self.quality, QUALITIES))
-        elif not isinstance(self.quality, str) and not 0 < self.quality <= 1:
-            found["quality"] = f"{self.quality} is outside 0 to 1 (0 excluded)"
-        if self.min_tokens != "auto" and self.min_tokens < 1:
-            found["min_tokens"] = f"{self.min_tokens} is below 1"
-        for key in ("start_percent", "end_percent"):
-            if not 0 <= getattr(self, key) <= 1:
-                found[key] = f"{getattr(self, key)} is outside 0 to 1"
-        if self.quality_limit < 0:
-            found["quality_limit"] = f"{self.quality_limit} is below 0"
-        if not 0 <= self.memory_reserve_factor <= 10:
-            found["memory_reserve_factor"] = f"{self.memory_reserve_factor} is outside 0 to 10"
-        for key in ("quality_check_samples", "quality_check_log_every"):
-            if getattr(self, key) < 1:
-                found[key] = f"{getattr(self, key)} is below 1"
-        return found
+        """Key -> what is wrong with its value besides bounds; empty when all is well."""
+        if not isinstance(self.quality, str) or self.quality in QUALITIES:
+            return {}
+        return {"quality": f'"{self.quality}" is not one of {", ".join(QUALITIES)} or a number.' + nearest(self.quality, QUALITIES)}
 
 
 @dataclass(frozen=True)
 class PluginSettings:
     """The table [plugins]."""
 
-    allow: tuple[str, ...] = ("*",)
+    allow: tuple[str, ...] = option(("*",), "names, with `*`, of the plugins that may be loaded")
 
 
 @dataclass(frozen=True)
@@ -128,7 +121,7 @@ class Config:
 
 def quality_value(quality: str | float) -> float:
     """The relative L2 error that a quality name or number stands for. Raises ConfigError for one that is neither."""
-    if problem := Settings(quality=quality).problems().get("quality"):
+    if problem := problems_of(Settings(quality=quality)).get("quality"):
         raise ConfigError(f"quality: {problem}")
     return QUALITIES[quality] if isinstance(quality, str) else float(quality)
 
@@ -316,8 +309,7 @@ def _build(kind: type, layers: tuple[Layer, ...], table: tuple[str, ...]) -> Any
             values[key] = _coerce(value, hints[key], f"{layer.place(*table, key)}: {label}")
             source[key] = layer
     built = kind(**values)
-    problems: dict[str, str] = built.problems() if hasattr(built, "problems") else {}
-    for key, problem in problems.items():
+    for key, problem in problems_of(built).items():
         place = source[key].place(*table, key) if key in source else source[next(iter(source))].place(*table)
         raise ConfigError(f"{place}: {'.'.join((*table, key))}: {problem}")
     return built
@@ -330,7 +322,7 @@ def _coerce(value: Any, hint: Any, label: str) -> Any:
     for choice in choices:
         if typing.get_origin(choice) is Literal:
             literals += typing.get_args(choice)
-            if value in typing.get_args(choice) and isinstance(value, str):
+            if any(value == literal and type(value) is type(literal) for literal in typing.get_args(choice)):
                 return value
         elif typing.get_origin(choice) is tuple:
             if isinstance(value, list) and all(isinstance(item, str) for item in value):
@@ -339,12 +331,12 @@ def _coerce(value: Any, hint: Any, label: str) -> Any:
             return float(value)
         elif isinstance(value, choice) and (choice is bool or not isinstance(value, bool)):
             return value
-    named = [f'"{item}"' for item in literals]
+    named = [f'"{item}"' if isinstance(item, str) else str(item) for item in literals]
     named += [{tuple: "a list of strings"}.get(typing.get_origin(c), getattr(c, "__name__", str(c)))  # type: ignore[arg-type]
               for c in choices if typing.get_origin(c) is not Literal]
     shown = f'"{value}"' if isinstance(value, str) else repr(value)
     raise ConfigError(f"{label}: {shown} is not {' or '.join(named)}."
-                      + (nearest(value, literals) if isinstance(value, str) else ""))
+                      + (nearest(value, map(str, literals)) if isinstance(value, str) else ""))
 
 
 def _rules(layers: tuple[Layer, ...], option_types: Mapping[str, type]) -> tuple[Rule, ...]:
@@ -367,7 +359,7 @@ def _rules(layers: tuple[Layer, ...], option_types: Mapping[str, type]) -> tuple
                        + nearest(str(backend), ("auto", *option_types)))
         if quality is not None:
             checked = _coerce(quality, str | float, f"{layer.place('rules', number, 'quality')}: rules[{number}].quality")
-            if problem := Settings(quality=checked).problems().get("quality"):
+            if problem := problems_of(Settings(quality=checked)).get("quality"):
                 raise fail("quality", problem)
             quality = quality_value(checked)
         respect = table.get("respect")
@@ -443,7 +435,8 @@ def schema(option_types: Mapping[str, type]) -> dict[str, Any]:
     def table(kind: type) -> dict[str, Any]:
         hints = typing.get_type_hints(kind)
         return {"type": "object", "additionalProperties": False,
-                "properties": {f.name: {**_schema_of(hints[f.name]), "default": _plain(f.default)} for f in dataclasses.fields(kind)}}
+                "properties": {f.name: {**_schema_of(hints[f.name]), "default": _plain(f.default), **f.metadata}
+                               for f in dataclasses.fields(kind)}}
 
     condition = {"type": "object", "additionalProperties": False, "properties": {name: {"type": ["string", "number"]} for name in CONDITIONS}}
     rule = {"type": "object", "additionalProperties": False,

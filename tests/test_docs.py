@@ -100,7 +100,7 @@ def test_variables(name):
 def test_the_example_backend_works(monkeypatch):
     import torch
 
-    (code,) = python_blocks("writing-a-backend.md")
+    (code,) = (block for block in python_blocks("writing-a-backend.md") if "class Plugin" in block)
     space = {}
     exec(code, space)
 
@@ -115,6 +115,17 @@ def test_the_example_backend_works(monkeypatch):
     q, k, v = (torch.randn(1, 2, 1100, 16) for _ in range(3))
     out = taylor_patch.attention(q, k, v, backend="chunked")
     torch.testing.assert_close(out, taylor_patch.attention(q, k, v, backend="sdpa"))
+
+
+def test_the_options_of_the_guide_are_understood():
+    (code,) = (block for block in python_blocks("writing-a-backend.md") if "class Options" in block)
+    space = {}
+    exec(compile(code, "writing-a-backend.md", "exec", dont_inherit=True), space)
+    for wrong in ({"rows_at_once": 0}, {"kept": 0.0}, {"order": "tiles", "rows_at_once": 1}):
+        with pytest.raises(taylor_patch.TaylorPatchError):
+            config.merge([config.Layer("file", {"backends": {"mine": wrong}})], {"mine": space["Options"]})
+    (table,) = config.schema({"mine": space["Options"]})["properties"]["backends"]["properties"].values()
+    assert [key["description"] for key in table["properties"].values()] == re.findall(r'option\([^,]+, "([^"]+)"', code)
 
 
 def test_the_api_example_runs():
