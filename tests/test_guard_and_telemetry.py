@@ -11,11 +11,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from taylor_patch import config as configuration
 from taylor_patch import engine as engines
 from taylor_patch import guard, telemetry
 from taylor_patch.backends.base import Backend, not_finite, note_not_finite
 from taylor_patch.call import AttentionCall
-from taylor_patch.telemetry import Answer, Check, LogFile, Timer, read
+from taylor_patch.run import SamplingRun
+from taylor_patch.telemetry import Answer, BlockRecord, Check, LogFile, StepRecord, Timer, read
 from tests.test_hooks import HEADS, SPARSE, broken_backend, last, qkv
 
 
@@ -89,6 +91,37 @@ def test_read_pairs_figures_with_their_calls():
     assert reading.too_far == {("b", ("shape", 2), 2): 100}
     assert reading.failed == (checks[1],) and all(0 <= r.milliseconds < 1000 for r in records)
     assert read([]) == telemetry.Reading()
+
+
+def step_of(*denominators, saved=None):
+    """A step with a call for each of `denominators`, the first of which took `saved` milliseconds less than exact attention."""
+    blocks = tuple(BlockRecord("a", number, 10.0, {}, found, 10.0 + saved if saved is not None and number == 0 else None)
+                   for number, found in enumerate(denominators))
+    return StepRecord("Flux", 0, 1.0, 1.0, {"a": len(blocks)}, {}, 64, blocks)
+
+
+def test_denominators_of_a_step_weigh_calls_by_how_many_they_have():
+    few = {"R": 15, "count": 10, "bad_fraction": 0.5, "least": -1.0, "greatest": 2.0, "mean": 1.0}
+    many = {"R": 5, "count": 90, "bad_fraction": 0.1, "least": 0.5, "greatest": 9.0, "mean": 3.0}
+    step = step_of(few, None, many, {"R": 7})
+    assert step.R == 15
+    assert step.denominators == pytest.approx({"count": 100, "bad_fraction": 0.14, "least": -1, "greatest": 9, "mean": 2.8})
+    assert "R 15, denominators least -1, fraction bad 0.14, max_head_dim 64" in telemetry.figures_text(step)
+    for other in (step_of(None), step_of({"smallest": 1.0})):
+        assert other.R is None and other.denominators is None and telemetry.figures_text(other) == "max_head_dim 64"
+
+
+@pytest.mark.parametrize(("saved", "text"), [(8.7, "estimated 8.7 ms saved"), (-8.7, "estimated 8.7 ms lost")])
+def test_a_step_says_saved_or_lost_and_the_configuration_in_force(configure, caplog, tmp_path, saved, text):
+    written = f'log = "step"\nquality = 0.02\nlog_file = "{tmp_path}/log.jsonl"\n[backends.taylor_torch]\nP = 3\n[backends'
+    configure(SPARSE.replace("[backends", written))
+    caplog.set_level("INFO")
+    engines.engine().record(SamplingRun(), step_of(None, saved=saved))
+    (line,) = (m for m in caplog.messages if "step 0" in m)
+    assert text in line and line.endswith('configuration: backend = "near_far", quality = 0.02, min_tokens = auto, near_far.density = 0.1')
+    (step,) = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
+    assert step["settings"] == configuration.plain(engines.engine().config) and step["settings"]["backends"]["near_far"] == {"density": 0.1}
+    assert step["saved_milliseconds"] == saved
 
 
 def run(comfy, **kwargs):
