@@ -1,7 +1,7 @@
 """Configuration: layers of TOML and environment variables, checked and frozen.
 
-Order, first wins: command line > TAYLOR_PATCH_* variables > the file named by TAYLOR_PATCH_CONFIG (replaces the search) >
-./taylor_patch.toml > ComfyUI's user folder > the user's configuration folder > defaults.
+Order, first wins: `overrides` of Engine or load (the demo's) > TAYLOR_PATCH_* variables > the file named by TAYLOR_PATCH_CONFIG (replaces
+the search) > ./taylor_patch.toml > ComfyUI's user folder > the user's configuration folder > defaults.
 """
 
 from __future__ import annotations
@@ -27,7 +27,13 @@ else:
     import tomli as tomllib
 
 FILE_NAME = "taylor_patch.toml"
-RULE_KEYS = ("when", "backend", "quality", "respect")
+RULE_KEYS = {
+    "when": "conditions, all of which must hold",
+    "backend": "takes the place of `[taylor_patch]`'s",
+    "quality": "takes the place of `[taylor_patch]`'s",
+    "respect": '`"override"`, what goes without saying: a node\'s override and the checkpoint\'s own attention win; `"rule"`: the rule wins',
+}
+"""Keys of one of [[rules]] and what they mean."""
 QUALITIES = {"lossless": 0.02, "balanced": 0.03, "fast": 0.10}
 """Name -> relative L2 error aimed at per attention call."""
 
@@ -214,7 +220,7 @@ def load(option_types: Mapping[str, type], overrides: Mapping[str, Any] | None =
 def layers_of(overrides: Mapping[str, Any] | None = None, environ: Mapping[str, str] = os.environ,
               comfyui_user: Path | None = None) -> list[Layer]:
     """All sources of settings, strongest first. Raises ConfigError for one that cannot be read."""
-    return [Layer("command line", overrides or {}), environment_layer(environ), *map(file_layer, files(environ, comfyui_user))]
+    return [Layer("overrides", overrides or {}), environment_layer(environ), *map(file_layer, files(environ, comfyui_user))]
 
 
 def allowed_plugins(overrides: Mapping[str, Any] | None = None, environ: Mapping[str, str] = os.environ,
@@ -439,9 +445,10 @@ def schema(option_types: Mapping[str, type]) -> dict[str, Any]:
                                for f in dataclasses.fields(kind)}}
 
     condition = {"type": "object", "additionalProperties": False, "properties": {name: {"type": ["string", "number"]} for name in CONDITIONS}}
+    keys: dict[str, dict[str, Any]] = {
+        "when": condition, "backend": {"type": "string"}, "quality": _schema_of(str | float), "respect": {"enum": list(RESPECT)}}
     rule = {"type": "object", "additionalProperties": False,
-            "properties": {"when": condition, "backend": {"type": "string"}, "quality": _schema_of(str | float),
-                           "respect": {"enum": list(RESPECT)}}}
+            "properties": {key: {**keys[key], "description": meaning} for key, meaning in RULE_KEYS.items()}}
     backends = {name: table(kind) for name, kind in sorted(option_types.items())}
     rules = {"type": "array", "items": rule}
     profile = table(Settings)

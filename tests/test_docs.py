@@ -87,9 +87,9 @@ def test_settings_and_their_defaults(key):
     assert f"| `{key}` | `{shown}` |" in text("configuration.md")
 
 
-@pytest.mark.parametrize("name", [*rules.CONDITIONS, *config.QUALITIES])
-def test_conditions_and_qualities(name):
-    assert name in text("configuration.md")
+@pytest.mark.parametrize("name", [*rules.CONDITIONS, *config.QUALITIES, *config.RULE_KEYS])
+def test_conditions_qualities_and_keys_of_rules(name):
+    assert re.search(rf'`"?{name}\b', text("configuration.md"))
 
 
 @pytest.mark.parametrize("name", ["TAYLOR_PATCH", *config.RESERVED_VARIABLES])
@@ -151,6 +151,12 @@ def test_every_learning_has_its_test(learning, tests):
 def test_the_table_has_all_learnings():
     rows = [line for line in text("seed-learnings.md").splitlines() if line.startswith("| ")]
     assert len(rows) == 1 + len(learnings()) == 27
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "docs" / "adr").glob("*.md")))
+def test_every_decision_is_in_the_list(name):
+    decisions = text("architecture.md").split("## Decisions")[1]
+    assert f"(adr/{name})" in decisions and f"- [{int(name[:4])} " in decisions
 
 
 def test_links_lead_somewhere():

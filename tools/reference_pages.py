@@ -23,6 +23,8 @@ def allowed(schema: dict[str, Any]) -> str:
         return ", ".join(f"`{json.dumps(choice)}`" for choice in schema["enum"])
     if schema["type"] == "array":
         return "list of strings"
+    if schema["type"] == "object":
+        return "table of " + ", ".join(f"`{name}`" for name in schema["properties"])
     kind = {"boolean": "`true` or `false`", "integer": "whole number", "number": "number", "string": "string"}[schema["type"]]
     said = {"minimum": "from", "exclusiveMinimum": "above", "maximum": "up to"}
     limits = " ".join(f"{said[name]} {bound}" for name, bound in bounds(schema).items())
@@ -53,8 +55,10 @@ def options() -> str:
         lines += [f"| `{key}` | `{json.dumps(value['default'])}` | {allowed(value)} | {value['description']} |"
                   for key, value in table["properties"].items()]
         lines.append("")
-    conditions = ", ".join(f"`{name}`" for name in schema["rules"]["items"]["properties"]["when"]["properties"])
-    lines += ["## `[[rules]]`", "", f"`when` (a table), `backend`, `quality`. `when` knows {conditions}.", ""]
+    lines += ["## `[[rules]]`", "", "First match wins; what a rule leaves out comes from `[taylor_patch]`.", "", "| key | allowed | meaning |",
+              "|---|---|---|"]
+    lines += [f"| `{key}` | {allowed(value)} | {value['description']} |" for key, value in schema["rules"]["items"]["properties"].items()]
+    lines.append("")
     return "\n".join(lines)
 
 
