@@ -163,6 +163,24 @@ def test_a_block_that_is_too_far_off_is_exact_in_this_step_and_from_then_on(comf
         assert last().evaluations == 4 and last().quality == "", "what was not used is no error of the picture"
 
 
+@pytest.mark.parametrize("samples", [1, 5, 16])
+def test_quality_check_samples_is_the_number_of_rows(comfy, configure, monkeypatch, samples):
+    seen, exact_rows = set(), guard.exact_rows
+    monkeypatch.setattr(guard, "exact_rows", lambda call, rows: seen.add(len(range(call.q.shape[2])[rows])) or exact_rows(call, rows))
+    configure(SPARSE.replace("[backends", f"quality_check_samples = {samples}\n[backends"))
+    run(comfy)
+    assert seen == {samples}
+
+
+@pytest.mark.parametrize(("every", "sampled"), [(1, [0, 1, 2]), (2, [0, 2]), (3, [0])])
+def test_quality_check_log_every_leaves_steps_out(comfy, configure, tmp_path, monkeypatch, every, sampled):
+    monkeypatch.setattr(guard, "EVERY_CALLS", 1)
+    configure(SPARSE.replace("[backends", f'quality_check_log_every = {every}\nlog_file = "{tmp_path}/log.jsonl"\n[backends'))
+    run(comfy)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["kind"] == "step" and any(block["figures"] for block in line["blocks"])] == sampled
+
+
 def test_quality_check_off(comfy, configure):
     configure(SPARSE.replace("[backends", "quality_check = false\n[backends"))
     run(comfy)
