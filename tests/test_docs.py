@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import inspect
 import os
@@ -145,7 +146,30 @@ def learnings():
 def test_every_learning_has_its_test(learning, tests):
     assert learning and tests
     for file, name in tests:
-        assert re.search(rf"^def {name}\(", (ROOT / "tests" / file).read_text(encoding="utf-8"), re.MULTILINE), f"{file} has no {name}"
+        functions = {node.name: node for node in ast.parse((ROOT / "tests" / file).read_text(encoding="utf-8")).body
+                     if isinstance(node, ast.FunctionDef)}
+        assert name in functions, f"{file} has no {name}"
+        assert asserts(functions[name], functions), f"{file}::{name} asserts nothing"
+
+
+def asserts(function, helpers):
+    """Whether a function can fail: by an assert, pytest.raises or assert_close of its own, or of a helper beside it that it calls."""
+    for node in ast.walk(function):
+        if isinstance(node, ast.Assert):
+            return True
+        called = node.func if isinstance(node, ast.Call) else None
+        name = called.attr if isinstance(called, ast.Attribute) else called.id if isinstance(called, ast.Name) else ""
+        if name in ("raises", "assert_close") or (name in helpers and asserts(helpers[name], {k: v for k, v in helpers.items() if k != name})):
+            return True
+    return False
+
+
+@pytest.mark.parametrize(("code", "can_fail"), [
+    ("x = 1", False), ("print(raises)", False), ("assert x", True), ("helper()", True), ("other()", False),
+    ("with pytest.raises(E):\n  f()", True)])
+def test_a_test_that_asserts_nothing_is_found_out(code, can_fail):
+    helpers = {"helper": ast.parse("assert y"), "other": ast.parse("y")}
+    assert asserts(ast.parse(code), helpers) is can_fail
 
 
 def test_the_table_has_all_learnings():
