@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from taylor_patch.declaration import LazyBackend
     from taylor_patch.errors import TaylorPatchError
     from taylor_patch.hookspecs import hookimpl
+    from taylor_patch.options import option
     from taylor_patch.router import Choice
 
 # Public name -> module that defines it.
@@ -30,6 +31,7 @@ _PUBLIC = {
     "explain": "taylor_patch.api",
     "hookimpl": "taylor_patch.hookspecs",
     "install": "taylor_patch.api",
+    "option": "taylor_patch.options",
     "status": "taylor_patch.api",
     "uninstall": "taylor_patch.api",
 }
@@ -45,6 +47,7 @@ __all__ = [
     "explain",
     "hookimpl",
     "install",
+    "option",
     "status",
     "uninstall",
 ]

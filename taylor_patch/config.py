@@ -1,7 +1,7 @@
 """Configuration: layers of TOML and environment variables, checked and frozen.
 
-Order, first wins: command line > TAYLOR_PATCH_* variables > the file named by TAYLOR_PATCH_CONFIG (replaces the search) >
-./taylor_patch.toml > ComfyUI's user folder > the user's configuration folder > defaults.
+Order, first wins: `overrides` of Engine or load (the demo's) > TAYLOR_PATCH_* variables > the file named by TAYLOR_PATCH_CONFIG (replaces
+the search) > ./taylor_patch.toml > ComfyUI's user folder > the user's configuration folder > defaults.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from taylor_patch.errors import ConfigError, nearest, said
-from taylor_patch.options_check import problems_of
+from taylor_patch.options import option, problems_of
 from taylor_patch.rules import CONDITIONS, RESPECT, Rule, parse_conditions
 from taylor_patch.toml_location import locate
 
@@ -27,7 +27,13 @@ else:
     import tomli as tomllib
 
 FILE_NAME = "taylor_patch.toml"
-RULE_KEYS = ("when", "backend", "quality", "respect")
+RULE_KEYS = {
+    "when": "conditions, all of which must hold",
+    "backend": "takes the place of `[taylor_patch]`'s",
+    "quality": "takes the place of `[taylor_patch]`'s",
+    "respect": '`"override"`, what goes without saying: a node\'s override and the checkpoint\'s own attention win; `"rule"`: the rule wins',
+}
+"""Keys of one of [[rules]] and what they mean."""
 QUALITIES = {"lossless": 0.02, "balanced": 0.03, "fast": 0.10}
 """Name -> relative L2 error aimed at per attention call."""
 
@@ -39,55 +45,47 @@ RESERVED_VARIABLES = {"TAYLOR_PATCH_CONFIG", "TAYLOR_PATCH_PLUGINS", "TAYLOR_PAT
 class Settings:
     """The table [taylor_patch]."""
 
-    enabled: bool = True
-    profile: str = ""
-    backend: str = "auto"
-    quality: str | float = "balanced"
-    min_tokens: int | Literal["auto"] = "auto"
-    start_percent: float = 0.0
-    end_percent: float = 1.0
-    quality_check: bool = True
-    quality_check_samples: int = 16
-    quality_check_log_every: int = 1
-    quality_limit: float = 2.0
-    hook: Literal["module", "override"] = "module"
-    override_models: tuple[str, ...] = ()
-    memory_reserve: bool | Literal["free_memory"] = True
-    memory_reserve_factor: float = 1.1
-    memory_reserve_log: bool = True
-    cache: bool = True
-    log: Literal["off", "run", "step", "call"] = "run"
-    log_file: str = ""
-    page: bool = True
+    enabled: bool = option(True, "`false`: exact everywhere")
+    profile: str = option("", "the profile in force, of `[profiles.NAME]`")
+    backend: str = option(
+        "auto", 'a backend\'s name, `"sdpa"` for exact, or `"auto"`: the best one that was measured to be faster on this device')
+    quality: str | float = option(
+        "balanced", 'relative L2 error aimed at per attention call: `"lossless"` 0.02, `"balanced"` 0.03, `"fast"` 0.10, or a number',
+        above=0, at_most=1)
+    min_tokens: int | Literal["auto"] = option(
+        "auto", 'calls with fewer query tokens are exact; `"auto"`: each backend\'s own bound, or its measured crossover', at_least=1)
+    start_percent: float = option(0.0, "exact before this part of the schedule", at_least=0, at_most=1)
+    end_percent: float = option(1.0, "exact after this part of the schedule", at_least=0, at_most=1)
+    quality_check: bool = option(True, "compare sampled query rows with exact attention, and time exact attention to estimate what is saved")
+    quality_check_samples: int = option(16, "query rows of a sampled call", at_least=1)
+    quality_check_log_every: int = option(1, "sample in every so many steps; a run's first is sampled in any case", at_least=1)
+    quality_limit: float = option(
+        2.0, "a block whose sampled error is above this many times the error asked for is exact for the rest of the run, and its step is "
+        "computed again; `0`: never", at_least=0)
+    hook: Literal["module", "override"] = option("module", "where calls are met: ComfyUI's functions, or its slot for overrides")
+    override_models: tuple[str, ...] = option((), "model families, with `*`, that are met at the override slot as well")
+    memory_reserve: bool | Literal["free_memory"] = option(
+        True, 'ask ComfyUI to keep the backends\' workspace free when it places the weights; `"free_memory"`: unload models for it instead')
+    memory_reserve_factor: float = option(1.1, "the workspace times this is reserved", at_least=0, at_most=10)
+    memory_reserve_log: bool = option(True, "say at INFO how much is reserved")
+    cache: bool = option(True, "keep on disk what a run has settled or measured, for later runs of such a model at such a size")
+    log: Literal["off", "run", "step", "call"] = option(
+        "run", "lines in the log: none, one a sampling run, one a model evaluation too, one an attention call too")
+    log_file: str = option("", "write every step and run to this file as JSON lines; empty: none")
+    page: bool = option(True, "the page at `/taylor_patch` of ComfyUI's server")
 
     def problems(self) -> dict[str, str]:
-        """Key -> what is wrong with its value; empty when all is well."""
-        found = {}
-        if isinstance(self.quality, str) and self.quality not in QUALITIES:
-            found["quality"] = (f'"{self.quality}" is not one of {", ".join(QUALITIES)} or a number.'
-                                + nearest(self.quality, QUALITIES))
-        elif not isinstance(self.quality, str) and not 0 < self.quality <= 1:
-            found["quality"] = f"{self.quality} is outside 0 to 1 (0 excluded)"
-        if self.min_tokens != "auto" and self.min_tokens < 1:
-            found["min_tokens"] = f"{self.min_tokens} is below 1"
-        for key in ("start_percent", "end_percent"):
-            if not 0 <= getattr(self, key) <= 1:
-                found[key] = f"{getattr(self, key)} is outside 0 to 1"
-        if self.quality_limit < 0:
-            found["quality_limit"] = f"{self.quality_limit} is below 0"
-        if not 0 <= self.memory_reserve_factor <= 10:
-            found["memory_reserve_factor"] = f"{self.memory_reserve_factor} is outside 0 to 10"
-        for key in ("quality_check_samples", "quality_check_log_every"):
-            if getattr(self, key) < 1:
-                found[key] = f"{getattr(self, key)} is below 1"
-        return found
+        """Key -> what is wrong with its value besides bounds; empty when all is well."""
+        if not isinstance(self.quality, str) or self.quality in QUALITIES:
+            return {}
+        return {"quality": f'"{self.quality}" is not one of {", ".join(QUALITIES)} or a number.' + nearest(self.quality, QUALITIES)}
 
 
 @dataclass(frozen=True)
 class PluginSettings:
     """The table [plugins]."""
 
-    allow: tuple[str, ...] = ("*",)
+    allow: tuple[str, ...] = option(("*",), "names, with `*`, of the plugins that may be loaded")
 
 
 @dataclass(frozen=True)
@@ -131,7 +129,7 @@ class Config:
 
 def quality_value(quality: str | float) -> float:
     """The relative L2 error that a quality name or number stands for. Raises ConfigError for one that is neither."""
-    if problem := Settings(quality=quality).problems().get("quality"):
+    if problem := problems_of(Settings(quality=quality)).get("quality"):
         raise ConfigError(f"quality: {problem}")
     return QUALITIES[quality] if isinstance(quality, str) else float(quality)
 
@@ -225,7 +223,7 @@ def load(option_types: Mapping[str, type], overrides: Mapping[str, Any] | None =
 def layers_of(overrides: Mapping[str, Any] | None = None, environ: Mapping[str, str] = os.environ,
               comfyui_user: Path | None = None) -> list[Layer]:
     """All sources of settings, strongest first. Raises ConfigError for one that cannot be read."""
-    return [Layer("command line", overrides or {}), environment_layer(environ), *map(file_layer, files(environ, comfyui_user))]
+    return [Layer("overrides", overrides or {}), environment_layer(environ), *map(file_layer, files(environ, comfyui_user))]
 
 
 def allowed_plugins(overrides: Mapping[str, Any] | None = None, environ: Mapping[str, str] = os.environ,
@@ -393,7 +391,7 @@ def _rules(layers: tuple[Layer, ...], option_types: Mapping[str, type], why_abse
             raise fail("backend", _not_one_of(str(backend), ["auto", *sorted(option_types)], why_absent(str(backend))))
         if quality is not None:
             checked = _coerce(quality, str | float, f"{layer.place('rules', number, 'quality')}: rules[{number}].quality")
-            if problem := Settings(quality=checked).problems().get("quality"):
+            if problem := problems_of(Settings(quality=checked)).get("quality"):
                 raise fail("quality", problem)
             quality = quality_value(checked)
         respect = table.get("respect")
@@ -469,12 +467,14 @@ def schema(option_types: Mapping[str, type]) -> dict[str, Any]:
     def table(kind: type) -> dict[str, Any]:
         hints = typing.get_type_hints(kind)
         return {"type": "object", "additionalProperties": False,
-                "properties": {f.name: {**_schema_of(hints[f.name]), "default": _plain(f.default)} for f in dataclasses.fields(kind)}}
+                "properties": {f.name: {**_schema_of(hints[f.name]), "default": _plain(f.default), **f.metadata}
+                               for f in dataclasses.fields(kind)}}
 
     condition = {"type": "object", "additionalProperties": False, "properties": {name: {"type": ["string", "number"]} for name in CONDITIONS}}
+    keys: dict[str, dict[str, Any]] = {
+        "when": condition, "backend": {"type": "string"}, "quality": _schema_of(str | float), "respect": {"enum": list(RESPECT)}}
     rule = {"type": "object", "additionalProperties": False,
-            "properties": {"when": condition, "backend": {"type": "string"}, "quality": _schema_of(str | float),
-                           "respect": {"enum": list(RESPECT)}}}
+            "properties": {key: {**keys[key], "description": meaning} for key, meaning in RULE_KEYS.items()}}
     backends = {name: table(kind) for name, kind in sorted(option_types.items())}
     rules = {"type": "array", "items": rule}
     profile = table(Settings)

@@ -36,6 +36,7 @@ from taylor_patch.telemetry import (
     StepRecord,
     Timer,
     figures_text,
+    gain_text,
     step_content,
 )
 
@@ -118,9 +119,15 @@ class Engine:
                 log.info("taylor_patch: configuration reloaded: %s", self.describe())
 
     def describe(self) -> str:
-        """The settings in force, for a log line."""
+        """The settings in force, for a log line: those of `auto` or of the named backend that are not at their defaults too."""
         s = self.config.settings
-        return f'backend = "{s.backend}", quality = {s.quality}, min_tokens = {s.min_tokens}' if s.enabled else "enabled = false"
+        if not s.enabled:
+            return "enabled = false"
+        changed = configuration.plain(self.config)["backends"]
+        options = [f"{name}.{key} = {value}"
+                   for name, values in changed.items() if s.backend in ("auto", name) for key, value in values.items()]
+        rules = [f"{len(self.config.rules)} rules"] if self.config.rules else []
+        return ", ".join([f'backend = "{s.backend}", quality = {s.quality}, min_tokens = {s.min_tokens}', *options, *rules])
 
     @contextmanager
     def run(self, schedule: list[float]) -> Iterator[SamplingRun]:
@@ -176,9 +183,10 @@ class Engine:
             log.info("taylor_patch: %s", ", ".join(filter(None, (
                 f"{step.model}: step {step.step}, sigma {'?' if step.sigma is None else format(step.sigma, '.4g')}: "
                 f"{counted(step.calls, step.fallbacks)}", spent,
-                "" if step.saved_milliseconds is None else f"estimated {step.saved_milliseconds:.1f} ms saved", figures_text(step)))))
+                "" if step.saved_milliseconds is None else f"estimated {gain_text(step.saved_milliseconds)}", figures_text(step),
+                f"configuration: {self.describe()}"))))
         if self.log_file is not None:
-            self.log_file.write("step", run.name, step_content(step))
+            self.log_file.write("step", run.name, {**step_content(step), "settings": configuration.plain(self.config)})
 
     def _finish(self, run: SamplingRun, outcome: str) -> None:
         try:
@@ -214,6 +222,8 @@ class Engine:
         On a GPU the check for values that are not finite is left on the device, in evaluation.answers.
         """
         tally = run.tally if evaluation is None else evaluation.tally
+        if evaluation is not None:
+            evaluation.max_head_dim = max(evaluation.max_head_dim, call.q.shape[-1])
         if (backend.name, call.signature, call.block) in run.too_far:
             tally.exact(f"{backend.name}: error above quality_limit in this block")
             return None
@@ -256,7 +266,6 @@ class Engine:
             if key not in run.workspaces:
                 run.workspaces[key] = stated_workspace(backend, part_of(call, 0, most))
             if evaluation is not None:
-                evaluation.max_head_dim = max(evaluation.max_head_dim, call.q.shape[-1])
                 if checks_later(out.device):
                     evaluation.checks.append(Check(*key, NOT_FINITE, strange))
                 evaluation.answers.append(Answer(backend.name, call.signature, call.block, timer,

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
-from collections.abc import Mapping
 from typing import Any, Literal
 
 from taylor_patch.errors import PluginError, said
+from taylor_patch.options import problems_of
 
 ALLOWED = "bool, int, float, str, Literal of texts and whole numbers, tuple[str, ...], or several of them joined by |"
 
@@ -39,16 +39,6 @@ def checked(kind: Any) -> type:
     for name, problem in found.items():
         raise PluginError(f"{kind.__name__}.{name}: its default is refused ({problem})")
     return kind
-
-
-def problems_of(options: Any) -> Mapping[str, str]:
-    """What options.problems() says: name of a field -> what is wrong with it. Raises what it raises, PluginError where it is no mapping."""
-    if not hasattr(options, "problems"):
-        return {}
-    found = options.problems()
-    if not isinstance(found, Mapping):
-        raise PluginError(f"{type(options).__name__}.problems() returned {found!r}, not a dict of option -> what is wrong with it")
-    return found
 
 
 def _hints(kind: type) -> dict[str, Any]:

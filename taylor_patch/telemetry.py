@@ -21,6 +21,8 @@ from taylor_patch.guard import FIGURES
 log = logging.getLogger("taylor_patch")
 
 SCHEMA_VERSION = 1
+DENOMINATORS = ("count", "bad_fraction", "least", "greatest", "mean")
+"""Statistics of denominators: how many, the fraction that is bad (not above the backend's eps), and their range."""
 LOG_FILE_LIMIT = 16 << 20
 """Bytes after which the log file is renamed to NAME.1 (replacing an older one) and begun anew."""
 
@@ -168,6 +170,22 @@ class StepRecord:
         found = compared([self])
         return None if found is None else found[1] - found[0]
 
+    @property
+    def R(self) -> int | None:
+        """The most Taylor features that a call was expanded in; None where no backend works with any."""
+        return max((int(block.denominators["R"]) for block in self.blocks if block.denominators and "R" in block.denominators), default=None)
+
+    @property
+    def denominators(self) -> dict[str, float] | None:
+        """DENOMINATORS of all calls together; None where none was looked at."""
+        found = [block.denominators for block in self.blocks if block.denominators and block.denominators.keys() >= set(DENOMINATORS)]
+        if not found:
+            return None
+        count = sum(part["count"] for part in found)
+        bad, mean = (sum(part[name] * part["count"] for part in found) / count for name in ("bad_fraction", "mean"))
+        return {"count": count, "bad_fraction": bad, "least": min(part["least"] for part in found),
+                "greatest": max(part["greatest"] for part in found), "mean": mean}
+
     def values(self, name: str) -> list[float]:
         """A figure of all sampled calls."""
         return [block.figures[name] for block in self.blocks if name in block.figures]
@@ -250,16 +268,25 @@ def comparison_text(records: Iterable[StepRecord]) -> str:
             f"{ours / 1000:.3g} s instead of {exact / 1000:.3g} s")
 
 
+def gain_text(milliseconds: float) -> str:
+    """"8.7 ms saved", or "lost" where the time is below 0."""
+    return f"{abs(milliseconds):.1f} ms {'saved' if milliseconds >= 0 else 'lost'}"
+
+
 def figures_text(record: StepRecord) -> str:
-    """The sampled figures of an evaluation for its log line: means, for quality_raw and quality_eff the largest too."""
-    if not record.values("quality_raw"):
-        return ""
-    mean = {name: sum(values) / len(values) for name in FIGURES if (values := record.values(name))}
-    shown = [f"{name} {mean[name]:.3g} (largest {max(record.values(name)):.3g})" for name in ("quality_raw", "quality_eff")]
-    shown += [f"q norm {mean['q_norm']:.3g}, k norm {mean['k_norm']:.3g}",
-              f"q.k p1 {mean['logit_p01']:.3g} p50 {mean['logit_p50']:.3g} p99 {mean['logit_p99']:.3g} "
-              f"largest {max(record.values('logit_max')):.3g}", f"max_head_dim {record.max_head_dim}"]
-    return ", ".join(shown)
+    """The figures of an evaluation for its log line: sampled ones as means, for quality_raw and quality_eff the largest too."""
+    shown = []
+    if record.values("quality_raw"):
+        mean = {name: sum(values) / len(values) for name in FIGURES if (values := record.values(name))}
+        shown += [f"{name} {mean[name]:.3g} (largest {max(record.values(name)):.3g})" for name in ("quality_raw", "quality_eff")]
+        shown += [f"q norm {mean['q_norm']:.3g}, k norm {mean['k_norm']:.3g}",
+                  f"q.k p1 {mean['logit_p01']:.3g} p50 {mean['logit_p50']:.3g} p99 {mean['logit_p99']:.3g} "
+                  f"largest {max(record.values('logit_max')):.3g}"]
+    if record.R is not None:
+        shown.append(f"R {record.R}")
+    if (found := record.denominators) is not None:
+        shown.append(f"denominators least {found['least']:.3g}, fraction bad {found['bad_fraction']:.3g}")
+    return ", ".join([*shown, f"max_head_dim {record.max_head_dim}"])
 
 
 class LogFile:
@@ -292,4 +319,5 @@ def step_content(record: StepRecord) -> dict[str, Any]:
             return {key: rounded(item) for key, item in value.items()}
         return [rounded(item) for item in value] if isinstance(value, list | tuple) else value
 
-    return rounded({**asdict(record), "milliseconds": record.milliseconds, "saved_milliseconds": record.saved_milliseconds})  # type: ignore[no-any-return]
+    return rounded({**asdict(record), "milliseconds": record.milliseconds, "saved_milliseconds": record.saved_milliseconds, "R": record.R,  # type: ignore[no-any-return]
+                    "denominators": record.denominators})

@@ -209,7 +209,7 @@ def lines(caplog):
     return [r.getMessage() for r in caplog.records if "auto_tune: qk_norm_power" in r.getMessage()]
 
 
-def test_a_run_searches_locks_and_remembers(comfy, configure, weights, caplog, tmp_path):
+def test_auto_tune_searches_in_the_first_step_locks_the_best_in_and_remembers(comfy, configure, weights, caplog, tmp_path):
     caplog.set_level(logging.INFO)
     configure(TUNE)
     q, k, v = (x * s for x, s in zip(qkv(), (0.4, 0.4, 1), strict=True))

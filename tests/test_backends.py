@@ -265,7 +265,7 @@ def test_taylor_torch_matches_the_polynomial(terms, kind, case):
 
 @pytest.mark.parametrize("kind", ["taylor", "hermite"])
 @pytest.mark.parametrize("blocks", [2, 4])
-def test_taylor_torch_sub_head_blocks(blocks, kind):
+def test_sub_head_blocks_attend_each_on_its_own(blocks, kind):
     call = make(70, 8, heads=2, size=0.3)
     options = TaylorOptions(P=4, coefficients=kind, sub_head_blocks=blocks)
     out = TaylorTorch(options).run(call)
@@ -297,7 +297,7 @@ def test_taylor_torch_falls_back_on_negative_denominators():
     torch.testing.assert_close(TaylorTorch(allowed).run(call), k)
 
 
-def test_refusal_states_r(configure):
+def test_the_refusal_of_too_many_features_states_r_and_the_limit(configure):
     configure("[backends.taylor_torch]\nP = 5\n")
     q = torch.zeros(1, 1, 128, 128)
     with pytest.raises(BackendRefused) as error:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
+from typing import Literal
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from taylor_patch import engine as engines
 from taylor_patch import plugins
 from taylor_patch.call import AttentionCall
 from taylor_patch.errors import ConfigError
+from taylor_patch.options import option
 from taylor_patch.rules import parse_conditions
 
 TYPES = plugins.load(found=()).option_types
@@ -243,11 +246,57 @@ def test_schema_covers_every_key():
     schema = configuration.schema(TYPES)
     properties = schema["properties"]
     assert set(properties) == {"taylor_patch", "plugins", "backends", "rules", "profiles"}
-    assert properties["taylor_patch"]["properties"]["log"] == {"enum": ["off", "run", "step", "call"], "default": "run"}
+    log = properties["taylor_patch"]["properties"]["log"]
+    assert log.pop("description") and log == {"enum": ["off", "run", "step", "call"], "default": "run"}
+    assert properties["backends"]["properties"]["near_far"]["properties"]["density"]["exclusiveMinimum"] == 0
     assert properties["taylor_patch"]["properties"]["min_tokens"]["anyOf"] == [{"type": "integer"}, {"enum": ["auto"]}]
     assert set(properties["backends"]["properties"]) == set(TYPES)
     assert properties["backends"]["properties"]["near_far"]["additionalProperties"] is False
     assert properties["plugins"]["properties"]["allow"]["default"] == ["*"]
+
+
+TABLES = {"taylor_patch": configuration.Settings, "plugins": configuration.PluginSettings, **TYPES}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_every_option_has_a_meaning(name):
+    """The schema and docs/reference/options.md print it. The same line twice in a class would be a copy that nobody corrected."""
+    meanings = [field.metadata.get("description", "") for field in dataclasses.fields(TABLES[name])]
+    assert all(len(meaning) > 10 and "\n" not in meaning and "|" not in meaning for meaning in meanings), meanings
+    assert len(set(meanings)) == len(meanings)
+
+
+@dataclasses.dataclass(frozen=True)
+class Bounded:
+    """As a plugin would declare it."""
+
+    rows: int = option(5, "rows", at_least=2)
+    share: float = option(0.5, "share", above=0, at_most=1)
+    sigma: float | Literal["auto"] = option("auto", "sigma", at_least=0, at_most=3)
+    size: Literal["auto", 16, 32] = option("auto", "size")
+    top: float = option(0.0, "top", at_most=7)
+    plain: int = 3
+
+    def problems(self):
+        return {"plain": "odd is wanted"} if self.plain % 2 == 0 else {}
+
+
+@pytest.mark.parametrize(("text", "problem"), [
+    ("rows = 1", "rows: 1 is below 2"), ("share = 0", "share: 0.0 is outside 0 to 1 (0 excluded)"), ("share = 1.5", "share: 1.5 is outside"),
+    ("share = nan", "share: nan is outside"), ("sigma = -1", "sigma: -1.0 is outside 0 to 3"), ("top = 8", "top: 8.0 is above 7"),
+    ("size = 17", 'size: 17 is not "auto" or 16 or 32'), ("size = true", 'size: True is not "auto" or 16'),
+    ("plain = 2", "plain: odd is wanted"),
+])
+def test_bounds_of_options(configure, text, problem):
+    path = configure(f"[backends.mine]\n{text}\n")
+    with pytest.raises(ConfigError) as error:
+        configuration.load({"mine": Bounded}, environ={})
+    assert str(error.value).startswith(f"{path}:2:1: backends.mine.{problem}"), str(error.value)
+
+
+def test_values_within_their_bounds(configure):
+    configure('[backends.mine]\nrows = 2\nshare = 1\nsigma = 3\nsize = 32\ntop = -9.0\n')
+    assert configuration.load({"mine": Bounded}, environ={}).options["mine"] == Bounded(2, 1.0, 3.0, 32, -9.0)
 
 
 PROFILES = """[taylor_patch]

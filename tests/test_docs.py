@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import inspect
 import os
@@ -87,9 +88,9 @@ def test_settings_and_their_defaults(key):
     assert f"| `{key}` | `{shown}` |" in text("configuration.md")
 
 
-@pytest.mark.parametrize("name", [*rules.CONDITIONS, *config.QUALITIES])
-def test_conditions_and_qualities(name):
-    assert name in text("configuration.md")
+@pytest.mark.parametrize("name", [*rules.CONDITIONS, *config.QUALITIES, *config.RULE_KEYS])
+def test_conditions_qualities_and_keys_of_rules(name):
+    assert re.search(rf'`"?{name}\b', text("configuration.md"))
 
 
 @pytest.mark.parametrize("name", ["TAYLOR_PATCH", *config.RESERVED_VARIABLES])
@@ -100,7 +101,7 @@ def test_variables(name):
 def test_the_example_backend_works(monkeypatch):
     import torch
 
-    (code,) = python_blocks("writing-a-backend.md")
+    (code,) = (block for block in python_blocks("writing-a-backend.md") if "class Plugin" in block)
     space = {}
     exec(code, space)
 
@@ -115,6 +116,17 @@ def test_the_example_backend_works(monkeypatch):
     q, k, v = (torch.randn(1, 2, 1100, 16) for _ in range(3))
     out = taylor_patch.attention(q, k, v, backend="chunked")
     torch.testing.assert_close(out, taylor_patch.attention(q, k, v, backend="sdpa"))
+
+
+def test_the_options_of_the_guide_are_understood():
+    (code,) = (block for block in python_blocks("writing-a-backend.md") if "class Options" in block)
+    space = {}
+    exec(compile(code, "writing-a-backend.md", "exec", dont_inherit=True), space)
+    for wrong in ({"rows_at_once": 0}, {"kept": 0.0}, {"order": "tiles", "rows_at_once": 1}):
+        with pytest.raises(taylor_patch.TaylorPatchError):
+            config.merge([config.Layer("file", {"backends": {"mine": wrong}})], {"mine": space["Options"]})
+    (table,) = config.schema({"mine": space["Options"]})["properties"]["backends"]["properties"].values()
+    assert [key["description"] for key in table["properties"].values()] == re.findall(r'option\([^,]+, "([^"]+)"', code)
 
 
 def test_the_api_example_runs():
@@ -134,12 +146,41 @@ def learnings():
 def test_every_learning_has_its_test(learning, tests):
     assert learning and tests
     for file, name in tests:
-        assert re.search(rf"^def {name}\(", (ROOT / "tests" / file).read_text(encoding="utf-8"), re.MULTILINE), f"{file} has no {name}"
+        functions = {node.name: node for node in ast.parse((ROOT / "tests" / file).read_text(encoding="utf-8")).body
+                     if isinstance(node, ast.FunctionDef)}
+        assert name in functions, f"{file} has no {name}"
+        assert asserts(functions[name], functions), f"{file}::{name} asserts nothing"
+
+
+def asserts(function, helpers):
+    """Whether a function can fail: by an assert, pytest.raises or assert_close of its own, or of a helper beside it that it calls."""
+    for node in ast.walk(function):
+        if isinstance(node, ast.Assert):
+            return True
+        called = node.func if isinstance(node, ast.Call) else None
+        name = called.attr if isinstance(called, ast.Attribute) else called.id if isinstance(called, ast.Name) else ""
+        if name in ("raises", "assert_close") or (name in helpers and asserts(helpers[name], {k: v for k, v in helpers.items() if k != name})):
+            return True
+    return False
+
+
+@pytest.mark.parametrize(("code", "can_fail"), [
+    ("x = 1", False), ("print(raises)", False), ("assert x", True), ("helper()", True), ("other()", False),
+    ("with pytest.raises(E):\n  f()", True)])
+def test_a_test_that_asserts_nothing_is_found_out(code, can_fail):
+    helpers = {"helper": ast.parse("assert y"), "other": ast.parse("y")}
+    assert asserts(ast.parse(code), helpers) is can_fail
 
 
 def test_the_table_has_all_learnings():
     rows = [line for line in text("seed-learnings.md").splitlines() if line.startswith("| ")]
     assert len(rows) == 1 + len(learnings()) == 27
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "docs" / "adr").glob("*.md")))
+def test_every_decision_is_in_the_list(name):
+    decisions = text("architecture.md").split("## Decisions")[1]
+    assert f"(adr/{name})" in decisions and f"- [{int(name[:4])} " in decisions
 
 
 def test_links_lead_somewhere():

@@ -13,12 +13,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from taylor_patch import config as configuration
 from taylor_patch import engine as engines
 from taylor_patch import guard, telemetry
 from taylor_patch.backends.base import Backend, not_finite, note_not_finite
 from taylor_patch.call import AttentionCall
 from taylor_patch.run import SamplingRun, current_evaluation
-from taylor_patch.telemetry import Answer, Check, LogFile, Timer, read
+from taylor_patch.telemetry import Answer, BlockRecord, Check, LogFile, StepRecord, Timer, read
 from tests.test_hooks import HEADS, SPARSE, broken_backend, last, qkv
 
 
@@ -111,6 +112,37 @@ def test_read_pairs_figures_with_their_calls():
     assert read([]) == telemetry.Reading()
 
 
+def step_of(*denominators, saved=None):
+    """A step with a call for each of `denominators`, the first of which took `saved` milliseconds less than exact attention."""
+    blocks = tuple(BlockRecord("a", number, 10.0, {}, found, 10.0 + saved if saved is not None and number == 0 else None)
+                   for number, found in enumerate(denominators))
+    return StepRecord("Flux", 0, 1.0, 1.0, {"a": len(blocks)}, {}, 64, blocks)
+
+
+def test_denominators_of_a_step_weigh_calls_by_how_many_they_have():
+    few = {"R": 15, "count": 10, "bad_fraction": 0.5, "least": -1.0, "greatest": 2.0, "mean": 1.0}
+    many = {"R": 5, "count": 90, "bad_fraction": 0.1, "least": 0.5, "greatest": 9.0, "mean": 3.0}
+    step = step_of(few, None, many, {"R": 7})
+    assert step.R == 15
+    assert step.denominators == pytest.approx({"count": 100, "bad_fraction": 0.14, "least": -1, "greatest": 9, "mean": 2.8})
+    assert "R 15, denominators least -1, fraction bad 0.14, max_head_dim 64" in telemetry.figures_text(step)
+    for other in (step_of(None), step_of({"smallest": 1.0})):
+        assert other.R is None and other.denominators is None and telemetry.figures_text(other) == "max_head_dim 64"
+
+
+@pytest.mark.parametrize(("saved", "text"), [(8.7, "estimated 8.7 ms saved"), (-8.7, "estimated 8.7 ms lost")])
+def test_a_step_says_saved_or_lost_and_the_configuration_in_force(configure, caplog, tmp_path, saved, text):
+    written = f'log = "step"\nquality = 0.02\nlog_file = "{tmp_path}/log.jsonl"\n[backends.taylor_torch]\nP = 3\n[backends'
+    configure(SPARSE.replace("[backends", written))
+    caplog.set_level("INFO")
+    engines.engine().record(SamplingRun(), step_of(None, saved=saved))
+    (line,) = (m for m in caplog.messages if "step 0" in m)
+    assert text in line and line.endswith('configuration: backend = "near_far", quality = 0.02, min_tokens = auto, near_far.density = 0.1')
+    (step,) = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
+    assert step["settings"] == configuration.plain(engines.engine().config) and step["settings"]["backends"]["near_far"] == {"density": 0.1}
+    assert step["saved_milliseconds"] == saved
+
+
 def run(comfy, **kwargs):
     q, k, v = qkv()
     return comfy.sample(lambda o: [comfy.attention.optimized_attention(q, k, v, HEADS, transformer_options=o) for _ in range(8)],
@@ -148,6 +180,24 @@ def test_a_block_that_is_too_far_off_is_exact_in_this_step_and_from_then_on(comf
         assert len(warnings) == 1 and "in block 0 and 7 more is above quality_limit" in warnings[0]
         assert all(torch.equal(out, outs[0][0]) for step in outs for out in step), "exact in all steps"
         assert last().evaluations == 4 and last().quality == "", "what was not used is no error of the picture"
+
+
+@pytest.mark.parametrize("samples", [1, 5, 16])
+def test_quality_check_samples_is_the_number_of_rows(comfy, configure, monkeypatch, samples):
+    seen, exact_rows = set(), guard.exact_rows
+    monkeypatch.setattr(guard, "exact_rows", lambda call, rows: seen.add(len(range(call.q.shape[2])[rows])) or exact_rows(call, rows))
+    configure(SPARSE.replace("[backends", f"quality_check_samples = {samples}\n[backends"))
+    run(comfy)
+    assert seen == {samples}
+
+
+@pytest.mark.parametrize(("every", "sampled"), [(1, [0, 1, 2]), (2, [0, 2]), (3, [0])])
+def test_quality_check_log_every_leaves_steps_out(comfy, configure, tmp_path, monkeypatch, every, sampled):
+    monkeypatch.setattr(guard, "EVERY_CALLS", 1)
+    configure(SPARSE.replace("[backends", f'quality_check_log_every = {every}\nlog_file = "{tmp_path}/log.jsonl"\n[backends'))
+    run(comfy)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["kind"] == "step" and any(block["figures"] for block in line["blocks"])] == sampled
 
 
 def test_quality_check_off(comfy, configure):

@@ -213,7 +213,7 @@ FORMS = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_call_forms_match_the_original(comfy, configure, form):
+def test_skip_reshape_and_all_other_layouts_match_the_original(comfy, configure, form):
     configure(DENSE)
     q, k, v = qkv()
     copies = [x.clone() for x in (q, k, v)]
@@ -245,7 +245,7 @@ def test_nested_call_goes_to_the_original(comfy, configure):
     assert torch.equal(out, comfy.original(q, k, v, HEADS)) and last().calls == {}
 
 
-def test_override_wins_and_is_counted(comfy, configure):
+def test_a_nodes_optimized_attention_override_wins_and_is_counted(comfy, configure):
     configure(SPARSE)
     q, k, v = qkv()
     mark, seen = torch.zeros(1), []

@@ -95,6 +95,7 @@ FORBIDDEN = [
     ("live", ("hooks",)),
     ("run", ("engine", "router", "hooks", "backends")),
     ("grid", ("engine", "router", "hooks", "backends", "run")),
+    ("options", ("engine", "router", "hooks", "backends", "plugins", "config", "call")),
     ("declaration", ("backends.near_far", "engine", "router", "plugins", "config", "call")),
     ("plugins", ("engine", "router", "hooks", "config", "call")),
     ("call", ("engine", "router", "hooks", "backends", "run", "config")),

@@ -70,6 +70,14 @@ def test_factor(comfy, configure):
     assert added[1] == 2 * added[0]
 
 
+@pytest.mark.parametrize("said", [True, False])
+def test_memory_reserve_log(comfy, configure, caplog, said):
+    configure(SPARSE.replace("[backends", f"memory_reserve_log = {str(said).lower()}\n[backends"))
+    engines.engine()
+    caplog.set_level("INFO")
+    assert estimate(comfy, Flux(num_heads=4, hidden_size=512))[0] > 1000 and ("MiB are kept free" in caplog.text) is said
+
+
 def test_a_run_that_was_seen_counts_more_than_the_prediction(comfy, configure):
     configure(SPARSE)
     q, k, v = qkv()

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from PIL import Image
+from rich.console import Console
 
 from taylor_patch import guard
 from taylor_patch.cli import main
-from taylor_patch.report import charts, page, runs
+from taylor_patch.report import charts, page, runs, watch
 from tests.test_guard_and_telemetry import SPARSE, run
 
 
@@ -94,6 +95,15 @@ def test_png(log, tmp_path):
 def test_watch_shows_the_newest_run(log):
     output = invoke("watch", log, "--once")
     assert "Flux: 3 model evaluations, finished" in output and "near_far" in output
+
+
+@pytest.mark.parametrize(("saved", "text"), [(8.7, "8.7 ms saved"), (-8.7, "8.7 ms lost")])
+def test_watch_says_saved_or_lost(log, saved, text):
+    (found,) = runs.load(log)[-1:]
+    found.steps[-1]["saved_milliseconds"] = saved
+    console = Console(width=300, record=True)
+    console.print(watch.table(found))
+    assert text in console.export_text()
 
 
 def test_a_run_in_progress_and_lines_that_are_no_records(log, tmp_path):

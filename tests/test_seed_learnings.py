@@ -143,10 +143,44 @@ def test_step_lines_have_norms_logit_percentiles_reasons_and_max_head_dim(comfy,
     run(comfy, [x * 0.3 for x in qkv()])
     (first, second) = (m for m in caplog.messages if "Flux: step" in m)
     assert "exact because: taylor_torch: sigma above taylor_sigma_max = 1.5: 1" in first
+    assert "max_head_dim 16" in first and "quality_raw" not in first, "max_head_dim also where no call was sampled"
     for part in ("q norm", "k norm", "q.k p1", "p50", "p99", "max_head_dim 16", "quality_raw", "quality_eff"):
         assert part in second
-    (block,) = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[1])["blocks"]
-    assert set(block["denominators"]) == {"count", "bad_fraction", "least", "greatest", "mean"}
+
+
+def test_a_step_aggregates_denominators_and_quality_in_a_single_line(comfy, configure, caplog, tmp_path):
+    """With two terms and no centring a denominator is 1 + scale * q.mean(k)."""
+    caplog.set_level(logging.INFO)
+    configure(TAYLOR.replace("P = 3", "P = 2\ncenter_keys = false\ndenom_fallback_frac_limit = 1.0"))
+    inputs = [[2 * x + 0.5 for x in qkv(tokens)] for tokens in (120, 200)]
+
+    def model(options):
+        return [comfy.attention.optimized_attention(*tensors, HEADS, transformer_options=options) for tensors in inputs]
+
+    comfy.sample(model, sigmas=(1.0, 0.0))
+    parts = []
+    for q, k, _ in inputs:
+        q, k = (x.double().unflatten(-1, (HEADS, -1)).transpose(1, 2) for x in (q, k))
+        parts.append((1 + (q * k.mean(2, keepdim=True)).sum(-1) * q.shape[-1] ** -0.5).flatten())
+    expected = torch.cat(parts)
+    bad = float((expected <= 1e-6).double().mean())
+    (step,) = (json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines() if '"step"' in line[:40])
+    found, errors = step["denominators"], [block["figures"]["quality_raw"] for block in step["blocks"]]
+    assert found["count"] == HEADS * 320 and 0 < bad < 1 and step["R"] == 17 and step["max_head_dim"] == 16 and len(errors) == 2
+    assert (found["bad_fraction"], found["least"], found["greatest"], found["mean"]) == pytest.approx(
+        (bad, float(expected.min()), float(expected.max()), float(expected.mean())), rel=2e-3)
+    assert [block["denominators"]["count"] for block in step["blocks"]] == [HEADS * 120, HEADS * 200]
+    (line,) = (m for m in caplog.messages if "Flux: step" in m)
+    assert f"R 17, denominators least {expected.min():.3g}, fraction bad {bad:.3g}, max_head_dim 16" in line
+    assert f"quality_raw {sum(errors) / 2:.3g} (largest {max(errors):.3g})" in line.replace("e+00", "")
+
+
+def test_r_is_recorded_where_denominators_are_not_looked_at():
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    call = make(n=32)
+    full = backend(TritonFull, P=3, fallback_on_negative=False)
+    full.run(dataclasses.replace(call, **{name: getattr(call, name).to(device) for name in "qkv"}))
+    assert full.denominators() == {"R": math.comb(18, 2)}
 
 
 def test_max_feature_dim_r_takes_any_size():

@@ -72,13 +72,15 @@ def check(kind, call, **options):
 
 @pytest.mark.parametrize("coefficients", ["taylor", "hermite"])
 @pytest.mark.parametrize("terms", [1, 2, 3, 4])
-def test_terms(terms, coefficients):
+def test_triton_full_is_the_series_for_every_p(terms, coefficients):
     check(TritonFull, make(heads=1, n=30, m=30), P=terms, coefficients=coefficients)
 
 
 @pytest.mark.parametrize("coefficients", ["taylor", "hermite"])
-def test_chunks_of_features(coefficients):
-    check(TritonFused, make(d=24, heads=1, n=30, m=30), P=4, coefficients=coefficients, fused_feature_chunk_size=256)
+def test_triton_fused_streams_features_in_chunks(coefficients):
+    call = make(d=24, heads=1, n=30, m=30)
+    check(TritonFused, call, P=4, coefficients=coefficients, fused_feature_chunk_size=256)
+    assert len(TritonFused(TaylorOptions(P=4, fused_feature_chunk_size=256)).plan(call).chunks) > 2
 
 
 def test_five_terms():
@@ -143,7 +145,7 @@ def test_normalisation(norm):
     check(TritonFull, make(heads=1, n=20, m=30), P=4, **norm)
 
 
-def test_normalisation_is_gated_by_sigma():
+def test_qk_norm_sigma_max_gates_normalisation_by_sigma():
     call = make(heads=1, sigma=0.9)
     plain = check(TritonFull, call, P=3)
     gated = check(TritonFull, call, P=3, qk_normalize=True, qk_norm_sigma_max=0.5)
@@ -152,14 +154,16 @@ def test_normalisation_is_gated_by_sigma():
 
 
 @pytest.mark.parametrize("option", [{"s_store_bf16": True}, {"denom_fp32": False}], ids=["s_bf16", "z_16_bit"])
-def test_cheaper_storage_stays_within_its_rounding(option):
+def test_s_store_bf16_and_denom_fp32_off_stay_within_their_rounding(option):
     call = make(dtype=torch.float16)
     options = TaylorOptions(P=3, fallback_on_negative=False, **option)
     assert relative(TritonFull(options).run(call), dense(call, options)) < 2**-8
 
 
-def test_value_chunks_and_float32_features():
-    check(TritonFused, make(d=32, heads=1, dtype=torch.float16), P=3, fused_value_chunk_size=24, force_fp32=True)
+def test_fused_value_chunk_size_and_force_fp32():
+    call, options = make(d=32, heads=1, dtype=torch.float16), {"fused_value_chunk_size": 24, "force_fp32": True}
+    check(TritonFused, call, P=3, **options)
+    assert TritonFused(TaylorOptions(P=3, **options)).plan(call).value_columns == ((0, 24), (24, 32))
 
 
 def test_split_over_the_sequence(monkeypatch):

@@ -16,31 +16,49 @@ FOLDER = Path(__file__).parents[1] / "docs" / "reference"
 
 
 def allowed(schema: dict[str, Any]) -> str:
-    """What a key may hold, in words."""
+    """What a key may hold, in words: type or choices, and bounds."""
     if "anyOf" in schema:
-        return " or ".join(allowed(choice) for choice in schema["anyOf"])
+        return " or ".join(allowed({**bounds(schema), **choice}) for choice in schema["anyOf"])
     if "enum" in schema:
-        return ", ".join(f'`"{choice}"`' for choice in schema["enum"])
+        return ", ".join(f"`{json.dumps(choice)}`" for choice in schema["enum"])
     if schema["type"] == "array":
         return "list of strings"
-    return {"boolean": "`true` or `false`", "integer": "whole number", "number": "number", "string": "string"}[schema["type"]]
+    if schema["type"] == "object":
+        return "table of " + ", ".join(f"`{name}`" for name in schema["properties"])
+    kind = {"boolean": "`true` or `false`", "integer": "whole number", "number": "number", "string": "string"}[schema["type"]]
+    said = {"minimum": "from", "exclusiveMinimum": "above", "maximum": "up to"}
+    limits = " ".join(f"{said[name]} {bound}" for name, bound in bounds(schema).items())
+    return f"{kind} {limits}" if limits and schema["type"] in ("integer", "number") else kind
+
+
+def bounds(schema: dict[str, Any]) -> dict[str, float]:
+    """The bounds of a key's numbers."""
+    return {name: schema[name] for name in ("minimum", "exclusiveMinimum", "maximum") if name in schema}
 
 
 def options() -> str:
-    """Every table of the configuration file with its keys."""
+    """Every table of the configuration file with its keys; backends with the same options share a table."""
     schema = config.schema(plugins.load(found=()).option_types)["properties"]
-    tables = {"taylor_patch": schema["taylor_patch"], "plugins": schema["plugins"]}
-    tables |= {f"backends.{name}": table for name, table in schema["backends"]["properties"].items()}
-    lines = ["# All options", "", "Made from the schema by `python -m tools.reference_pages`. [Configuration](../configuration.md) says what",
-             "they mean; `taylor-patch config schema` prints the schema for editors, options of installed plugins included.", ""]
-    for name, table in tables.items():
+    tables = {"`[taylor_patch]`": schema["taylor_patch"], "`[plugins]`": schema["plugins"]}
+    for name, table in schema["backends"]["properties"].items():
+        alike = next((title for title, other in tables.items() if other == table), None)
+        tables[f"`[backends.{name}]`" if alike is None else f"{alike}, `[backends.{name}]`"] = table
+        tables.pop(alike or "", None)
+    lines = ["# All options", "",
+             "Made from the schema by `python -m tools.reference_pages`; `taylor-patch config schema` prints the schema for editors,",
+             "options of installed plugins included. [Configuration](../configuration.md) says how the file is read, and more of",
+             "`[taylor_patch]`; [tuning](../tuning.md) says what helps where.", ""]
+    for title, table in tables.items():
         if not table["properties"]:
             continue
-        lines += [f"## `[{name}]`", "", "| key | default | allowed |", "|---|---|---|"]
-        lines += [f"| `{key}` | `{json.dumps(value['default'])}` | {allowed(value)} |" for key, value in table["properties"].items()]
+        lines += [f"## {title}", "", "| key | default | allowed | meaning |", "|---|---|---|---|"]
+        lines += [f"| `{key}` | `{json.dumps(value['default'])}` | {allowed(value)} | {value['description']} |"
+                  for key, value in table["properties"].items()]
         lines.append("")
-    conditions = ", ".join(f"`{name}`" for name in schema["rules"]["items"]["properties"]["when"]["properties"])
-    lines += ["## `[[rules]]`", "", f"`when` (a table), `backend`, `quality`. `when` knows {conditions}.", ""]
+    lines += ["## `[[rules]]`", "", "First match wins; what a rule leaves out comes from `[taylor_patch]`.", "", "| key | allowed | meaning |",
+              "|---|---|---|"]
+    lines += [f"| `{key}` | {allowed(value)} | {value['description']} |" for key, value in schema["rules"]["items"]["properties"].items()]
+    lines.append("")
     return "\n".join(lines)
 
 

@@ -101,7 +101,8 @@ class Backend:
         return call
 
     def denominators(self) -> dict[str, float] | None:
-        """Statistics of the last call's denominators for the records, where the backend keeps any that cost no wait for the device."""
+        """telemetry.DENOMINATORS of the last call for the records, where the backend keeps any that cost no wait for the device; and R, how
+        many features each of them sums over."""
         return None
 
     def observed(self, call: AttentionCall) -> Mapping[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import taylor_patch
 
@@ -11,21 +12,14 @@ import taylor_patch
 class SolOptions:
     """The table [backends.kitchen_sol]; tau, topk_ratio and token_aug are the library's own words."""
 
-    min_tokens: int = 12288
-    topk_ratio: float = 0.2
-    tau: float = 1.0
-    token_aug: int = 0
+    min_tokens: int = taylor_patch.option(12288, "calls with fewer query tokens are exact", at_least=1)
+    topk_ratio: float = taylor_patch.option(0.2, "share of key blocks that are exact, below 1; `0`: tau decides", at_least=0)
+    tau: float = taylor_patch.option(1.0, "threshold in standard deviations; higher is cheaper and less accurate")
+    token_aug: Literal[0, 64, 128, 192, 256] = taylor_patch.option(0, "single tokens added to each query block")
 
     def problems(self) -> dict[str, str]:
-        """Option -> what is wrong with its value; empty when all is well."""
-        found = {}
-        if self.min_tokens < 1:
-            found["min_tokens"] = f"{self.min_tokens} is below 1"
-        if not 0 <= self.topk_ratio < 1:
-            found["topk_ratio"] = f"{self.topk_ratio} is not from 0 (tau decides) to below 1"
-        if self.token_aug not in (0, 64, 128, 192, 256):
-            found["token_aug"] = f"{self.token_aug} is not 0, 64, 128, 192 or 256"
-        return found
+        """Option -> what is wrong with its value besides bounds; empty when all is well."""
+        return {"topk_ratio": f"{self.topk_ratio} is not below 1"} if self.topk_ratio >= 1 else {}
 
 
 class Plugin:

@@ -13,6 +13,7 @@ from taylor_patch_kitchen.order import block_order
 from taylor_patch_kitchen.sol import Sol, library_nbytes
 
 import taylor_patch
+from taylor_patch import config as configuration
 from taylor_patch.backends.tiles import BLOCK, tile_index
 from taylor_patch.testing import conformance
 from taylor_patch.testing.cases import exact, make_call, relative_error
@@ -146,9 +147,11 @@ def test_missing_library_is_a_reason(monkeypatch):
     assert "pip install comfy-kitchen" in text
 
 
-@pytest.mark.parametrize(("option", "value"), [("min_tokens", 0), ("topk_ratio", 1.0), ("token_aug", 65)])
+@pytest.mark.parametrize(("option", "value"), [("min_tokens", 0), ("topk_ratio", 1.0), ("topk_ratio", -0.1), ("token_aug", 65)])
 def test_wrong_options_are_named(option, value):
-    assert list(SolOptions(**{option: value}).problems()) == [option] and SolOptions().problems() == {}
+    layer = configuration.Layer("file", {"backends": {"kitchen_sol": {option: value}}})
+    with pytest.raises(taylor_patch.TaylorPatchError, match=rf"backends\.kitchen_sol\.{option}: {value} is "):
+        configuration.merge([layer], {"kitchen_sol": SolOptions})
 
 
 # Bytes that sol_attn_plan of comfy-kitchen 0.2.40 gives for (batch times heads, blocks of 64 tokens, token_aug).

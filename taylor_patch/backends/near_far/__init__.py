@@ -21,6 +21,7 @@ from taylor_patch.backends.compiling import announce
 from taylor_patch.backends.near_far import plan, reference
 from taylor_patch.backends.near_far.remembered import Memories
 from taylor_patch.call import AttentionCall
+from taylor_patch.options import option
 
 __all__ = ["NearFar", "NearFarOptions"]
 
@@ -29,26 +30,19 @@ __all__ = ["NearFar", "NearFarOptions"]
 class NearFarOptions:
     """Options of [backends.near_far]."""
 
-    min_tokens: int = 100
-    min_keys: int = 2048
-    """Least keys of cross-attention (docs/adr/0011)."""
-    density: float | Literal["auto"] = "auto"
-    tail: Literal["cumulant", "zeroth", "none"] = "cumulant"
-    remember: bool = False
-    """Keep on disk what probes have found, and spare later runs some of theirs (docs/adr/0012)."""
+    min_tokens: int = option(100, "calls with fewer query tokens are exact", at_least=1)
+    min_keys: int = option(2048, "cross-attention to fewer keys is exact", at_least=1)
+    density: float | Literal["auto"] = option(
+        "auto", 'share of key blocks that is exact; `"auto"`: what the error asked for takes, found head by head', above=0, at_most=1)
+    tail: Literal["cumulant", "zeroth", "none"] = option(
+        "cumulant", "the far field: second-order Taylor, block means only, or left out; the latter two need a `density`")
+    remember: bool = option(False, "keep on disk what probes have found, and spare later runs some of theirs (ADR 12)")
 
     def problems(self) -> dict[str, str]:
-        """Option -> what is wrong with its value; empty when all is well."""
-        found = {}
-        if self.min_tokens < 1:
-            found["min_tokens"] = f"{self.min_tokens} is below 1"
-        if self.min_keys < 1:
-            found["min_keys"] = f"{self.min_keys} is below 1"
-        if self.density != "auto" and not 0 < self.density <= 1:
-            found["density"] = f'{self.density} is not "auto" or above 0 and at most 1'
+        """Option -> what is wrong with its value besides bounds; empty when all is well."""
         if self.density == "auto" and self.tail != "cumulant":
-            found["tail"] = f'"{self.tail}" needs a density; density = "auto" is made for tail = "cumulant"'
-        return found
+            return {"tail": f'"{self.tail}" needs a density; density = "auto" is made for tail = "cumulant"'}
+        return {}
 
 
 @cache

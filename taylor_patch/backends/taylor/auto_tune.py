@@ -23,6 +23,7 @@ from taylor_patch.backends.taylor.denominators import mask_weight
 from taylor_patch.backends.taylor.options import TUNED
 from taylor_patch.call import AttentionCall
 from taylor_patch.features import coefficients as series
+from taylor_patch.options import problems_of
 
 if TYPE_CHECKING:
     from taylor_patch.backends.taylor.base import TaylorBackend
@@ -128,7 +129,7 @@ class Search:
         if found is None or not all(isinstance(found.get(name), int | float) and math.isfinite(found[name]) for name in TUNED):
             return None
         kept = with_values(self._backend, {name: float(found[name]) for name in TUNED})
-        return None if kept.options.problems() else kept
+        return None if problems_of(kept.options) else kept
 
 
 def with_values(backend: AnyTaylor, values: dict[str, float]) -> AnyTaylor:

@@ -27,6 +27,7 @@ class TaylorBackend(Backend):
 
     def __init__(self, options: TaylorOptions | None = None) -> None:
         super().__init__((options or TaylorOptions()).resolved())
+        self.last_R = 0
         self.last_probe: DenominatorStats | None = None
         self.last_denominators: DenominatorStats | None = None
 
@@ -52,6 +53,7 @@ class TaylorBackend(Backend):
 
     def run(self, call: AttentionCall) -> Tensor:
         """See Backend.run. Raises Fallback when a gate is shut or too many denominators are not above eps."""
+        self.last_R = feature_count(call.q.shape[-1] // self.options.sub_head_blocks, self.options.P)
         self.last_probe = self.last_denominators = None
         if self.options.log_shapes:
             log.debug("taylor_patch: %s: q %s, k %s, %s, step %s, sigma %s, block %s", self.name, list(call.q.shape),
@@ -87,8 +89,8 @@ class TaylorBackend(Backend):
         return dataclasses.replace(call, q=q, k=k, scale=self.scale(call))
 
     def denominators(self) -> dict[str, float] | None:
-        """See Backend.denominators."""
-        return None if self.last_denominators is None else dataclasses.asdict(self.last_denominators)
+        """See Backend.denominators; R alone where they were not looked at (fallback_on_negative = false)."""
+        return {"R": self.last_R, **({} if self.last_denominators is None else dataclasses.asdict(self.last_denominators))}
 
     def attend(self, call: AttentionCall) -> Tensor:
         """The arithmetic of run(); calls check_denominators."""

@@ -11,7 +11,6 @@ from torch import Tensor
 from taylor_patch.backends.base import Backend, Fallback, not_finite
 from taylor_patch.call import AttentionCall
 from taylor_patch.engine import check_form
-from taylor_patch.errors import said
 from taylor_patch.testing.cases import exact, relative_error
 
 RAISED = (Exception, SystemExit)
