@@ -69,9 +69,9 @@ ON_WORDS = ("1", "on", "true", "yes")
 def asked_for(value: str) -> str:
     """What a value of TAYLOR_PATCH asks for: "" for off, "1" for on, or the name of a backend, which is on too.
 
-    Case and blanks around it do not count: `set TAYLOR_PATCH=0 && ...` of Windows leaves a blank.
+    Case does not count, nor do blanks and quotes around it: of `set TAYLOR_PATCH=0 && ...` Windows keeps the blank.
     """
-    word = value.strip().lower()
+    word = value.strip(" \t\"'").lower()
     return "" if word in OFF_WORDS else "1" if word in ON_WORDS else word
 
 

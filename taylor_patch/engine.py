@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from taylor_patch import cache, guard, plugins
+from taylor_patch import cache, guard, plugins, startup
 from taylor_patch import config as configuration
 from taylor_patch.backends.base import Backend, Fallback, not_finite
 from taylor_patch.call import AttentionCall
@@ -66,14 +66,15 @@ class Engine:
         self.head_groups = HeadGroups()
         self.registry = plugins.load(configuration.allowed_plugins(overrides, environ, comfyui_user()), environ=environ)
         self._stamp = self._current_stamp()
+        off = None
         try:
             loaded = self.load()
         except ConfigError as error:
-            self.problem = str(error)
-            log.warning("taylor_patch: %s. Attention stays exact until this is corrected.", error)
-            off = configuration.Layer("invalid configuration", {"taylor_patch": {"enabled": False}})
-            loaded = configuration.merge([off], self.registry.option_types)
-        self._put_in_force(loaded)
+            self.problem, off = str(error), f"invalid configuration ({error.place})"
+            log.warning("taylor_patch: %sexact until the configuration is corrected: %s", "patched, but " if startup.registered else "", error)
+            exact = configuration.Layer("invalid configuration", {"taylor_patch": {"enabled": False}})
+            loaded = configuration.merge([exact], self.registry.option_types)
+        self._put_in_force(loaded, off)
 
     def layers(self) -> list[configuration.Layer]:
         """All sources of settings as they are now, strongest first. Raises ConfigError for one that cannot be read."""
@@ -89,11 +90,11 @@ class Engine:
         except ConfigError as error:
             return str(error)
 
-    def _put_in_force(self, loaded: configuration.Config) -> None:
+    def _put_in_force(self, loaded: configuration.Config, off: str | None = None) -> None:
         self.config = loaded
         cache.switch(loaded.settings.cache)
         self.log_file = LogFile(Path(loaded.settings.log_file).expanduser()) if loaded.settings.log_file else None
-        self.router = Router(loaded, self.registry)
+        self.router = Router(loaded, self.registry, off)
         self.registry.notify("taylor_patch_configure", config=loaded)
 
     def reload(self) -> None:
@@ -107,17 +108,17 @@ class Engine:
                 loaded = self.load()
             except ConfigError as error:
                 self.problem = str(error)
-                log.warning("taylor_patch: %s. The last good configuration stays in force.", error)
+                log.warning("taylor_patch: the last good configuration stays in force: %s", error)
                 return
-            self.problem = None
-            if loaded != self.config:
+            problem, self.problem = self.problem, None
+            if problem or loaded != self.config:
                 self._put_in_force(loaded)
                 log.info("taylor_patch: configuration reloaded: %s", self.describe())
 
     def describe(self) -> str:
         """The settings in force, for a log line."""
         s = self.config.settings
-        return f'backend = "{s.backend}", quality = {s.quality}, min_tokens = {s.min_tokens}' if s.enabled else "enabled = false"
+        return f'backend = "{s.backend}", quality = {s.quality}, min_tokens = {s.min_tokens}' if s.enabled else f"off by {self.router.off}"
 
     @contextmanager
     def run(self, schedule: list[float]) -> Iterator[SamplingRun]:
