@@ -54,6 +54,7 @@ __all__ = [
 
 
 _started = False
+"""Whether the start-up files have run with TAYLOR_PATCH on."""
 
 
 def __getattr__(name: str) -> object:
@@ -64,21 +65,34 @@ def __getattr__(name: str) -> object:
     return getattr(importlib.import_module(_PUBLIC[name]), name)
 
 
+OFF_WORDS = ("0", "off", "false", "no")
+ON_WORDS = ("1", "on", "true", "yes")
+
+
+def asked_for(value: str) -> str:
+    """What a value of TAYLOR_PATCH asks for: "" for off, "1" for on, or the name of a backend, which is on too.
+
+    Case does not count, nor do blanks and quotes around it: of `set TAYLOR_PATCH=0 && ...` Windows keeps the blank.
+    """
+    word = value.strip(" \t\"'").lower()
+    return "" if word in OFF_WORDS else "1" if word in ON_WORDS else word
+
+
 def _startup() -> None:
     """Entry point of the start-up files: do nothing unless TAYLOR_PATCH asks for it, and never raise.
 
-    Virtual environments run start-up files twice before Python 3.15; only the first time counts.
+    Virtual environments run start-up files twice before Python 3.15; the first time that succeeds counts.
     """
     global _started
     import os
 
-    if _started or os.environ.get("TAYLOR_PATCH", "") in ("", "0"):
+    if _started or not asked_for(os.environ.get("TAYLOR_PATCH", "")):
         return
-    _started = True
     try:
-        from taylor_patch.startup import activate
+        from taylor_patch.startup import wait
 
-        activate()
+        wait()
+        _started = True
     except (Exception, SystemExit) as error:  # SystemExit here would end the interpreter
         import sys
 

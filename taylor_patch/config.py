@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from taylor_patch import OFF_WORDS, ON_WORDS, asked_for
 from taylor_patch.errors import ConfigError, nearest, said
 from taylor_patch.options import option, problems_of
 from taylor_patch.rules import CONDITIONS, RESPECT, Rule, parse_conditions
@@ -37,6 +38,10 @@ RULE_KEYS = {
 QUALITIES = {"lossless": 0.02, "balanced": 0.03, "fast": 0.10}
 """Name -> relative L2 error aimed at per attention call."""
 
+KINDS: dict[Any, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+"""Type of a value -> how a message calls it."""
+
+PREFIX = "TAYLOR_PATCH_"
 # TAYLOR_PATCH_<NAME> variables that are not configuration keys.
 RESERVED_VARIABLES = {"TAYLOR_PATCH_CONFIG", "TAYLOR_PATCH_PLUGINS", "TAYLOR_PATCH_PLUGIN_SECONDS", "TAYLOR_PATCH_STRICT"}
 
@@ -76,9 +81,13 @@ class Settings:
 
     def problems(self) -> dict[str, str]:
         """Key -> what is wrong with its value besides bounds; empty when all is well."""
-        if not isinstance(self.quality, str) or self.quality in QUALITIES:
-            return {}
-        return {"quality": f'"{self.quality}" is not one of {", ".join(QUALITIES)} or a number.' + nearest(self.quality, QUALITIES)}
+        found = {}
+        if isinstance(self.quality, str) and self.quality not in QUALITIES:
+            found["quality"] = (f'"{self.quality}" is not one of {", ".join(QUALITIES)} or a number.'
+                                + nearest(self.quality, QUALITIES))
+        if self.start_percent >= self.end_percent:
+            found["start_percent"] = f"{self.start_percent} is not below end_percent = {self.end_percent}: every step would be exact"
+        return found
 
 
 @dataclass(frozen=True)
@@ -97,11 +106,13 @@ class Layer:
     text: str = ""
     profile: str = ""
     """The profile whose table stands for [taylor_patch] and [[rules]] here."""
+    variables: Mapping[tuple[str, ...], str] = field(default_factory=dict)
+    """Path of a key -> the environment variable that gives it."""
 
     def place(self, *path: str | int) -> str:
-        """file:line:column of a key for files, the name of the source for everything else."""
+        """file:line:column of a key for files, the variable's name for the environment, the name of the source for everything else."""
         if not self.text:
-            return self.origin
+            return next((variable for key, variable in self.variables.items() if key[: len(path)] == path), self.origin)
         if self.profile:
             path = ("profiles", self.profile, *(path[1:] if path[0] == "taylor_patch" else path))
         line, column = locate(self.text, path)
@@ -136,7 +147,7 @@ def quality_value(quality: str | float) -> float:
 
 def files(environ: Mapping[str, str] = os.environ, comfyui_user: Path | None = None) -> list[Path]:
     """Configuration files that exist, strongest first. Raises ConfigError when TAYLOR_PATCH_CONFIG names none."""
-    if named := environ.get("TAYLOR_PATCH_CONFIG"):
+    if named := environ.get("TAYLOR_PATCH_CONFIG", "").strip():
         if not Path(named).is_file():
             raise ConfigError(f"TAYLOR_PATCH_CONFIG: {named} is not a file. Correct the variable or unset it.")
         return [Path(named)]
@@ -161,7 +172,7 @@ def stamp(paths: Iterable[Path]) -> tuple[tuple[str, int, int], ...]:
 def file_layer(path: Path) -> Layer:
     """Read one TOML file. Raises ConfigError when it cannot be read or is not TOML."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # Windows' editors put a mark at the beginning
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({error}). Correct or remove the file.") from error
     return text_layer(path, text)
@@ -176,19 +187,23 @@ def text_layer(path: Path, text: str) -> Layer:
 
         place = re.search(r"line (\d+), column (\d+)", str(error))
         line, column = place.groups() if place else ("1", "1")
-        raise ConfigError(f"{path}:{line}:{column}: not valid TOML: {str(error).split(' (at')[0]}") from error
+        wrong = (text.splitlines() or [""])[min(int(line), len(text.splitlines())) - 1]
+        hint = ". In double quotes \\ begins an escape: write / in paths, or put them in single quotes" if re.search(r'".*\\', wrong) else ""
+        raise ConfigError(f"{path}:{line}:{column}: not valid TOML: {str(error).split(' (at')[0]}{hint}") from error
 
 
 def environment_layer(environ: Mapping[str, str] = os.environ) -> Layer:
     """TAYLOR_PATCH_BACKEND=..., TAYLOR_PATCH_BACKENDS__NEAR_FAR__DENSITY=...; TAYLOR_PATCH itself may name a backend."""
     data: dict[str, Any] = {}
+    variables: dict[tuple[str, ...], str] = {}
     switch = environ.get("TAYLOR_PATCH", "")
-    if switch not in ("", "0", "1"):
-        data["taylor_patch"] = {"backend": switch}
+    if asked_for(switch) not in ("", "1"):
+        data["taylor_patch"] = {"backend": asked_for(switch)}
+        variables["taylor_patch", "backend"] = f"TAYLOR_PATCH={switch.strip()}"
     for name, raw in sorted(environ.items()):
-        if not name.startswith("TAYLOR_PATCH_") or name in RESERVED_VARIABLES:
+        if not name.startswith(PREFIX) or name in RESERVED_VARIABLES:
             continue
-        path = name.removeprefix("TAYLOR_PATCH_").lower().split("__")
+        path = name.removeprefix(PREFIX).lower().split("__")
         if len(path) == 1:
             path = ["taylor_patch", *path]
         elif path[0] == "backends" and len(path) == 3:
@@ -197,17 +212,34 @@ def environment_layer(environ: Mapping[str, str] = os.environ) -> Layer:
         for part in path[:-1]:
             table = table.setdefault(part, {})
             if not isinstance(table, dict):
-                raise ConfigError(f"environment: {name}: another variable gives {part} a value, so it cannot hold {path[-1]}. Unset one.")
-        table[path[-1]] = _scalar(raw)
-    return Layer("environment", data)
+                raise ConfigError(f"{name}: another variable gives {part} a value, so it cannot hold {path[-1]}. Unset one.")
+        value = _scalar(raw.strip())
+        table[path[-1]] = value.lower() if path == ["taylor_patch", "backend"] and isinstance(value, str) else value
+        variables[tuple(path)] = name
+    return Layer("environment", data, variables=variables)
 
 
 def _scalar(raw: str) -> Any:
     """A variable's text as a TOML value, or as it is where it is none (near_far needs no quotes)."""
     try:
-        return tomllib.loads(f"x = {raw}")["x"]
+        return tomllib.loads(f"x = {raw.lower() if raw in ('True', 'TRUE', 'False', 'FALSE') else raw}")["x"]
     except tomllib.TOMLDecodeError:
         return raw
+
+
+def _check_variables(layer: Layer, option_types: Mapping[str, type]) -> None:
+    """Raises ConfigError for a variable that stands for no key; a backend that is not there is found by _check_tables."""
+    owners = {"": Settings, "PLUGINS__": PluginSettings, **{f"BACKENDS__{name}__".upper(): kind for name, kind in option_types.items()}}
+    known = [f"{table}{f.name}".upper() for table, kind in owners.items() for f in dataclasses.fields(kind)]
+    for path, variable in layer.variables.items():
+        name = variable.removeprefix(PREFIX)
+        if name in known or name == variable or path[0] == "profiles" or (path[0] == "backends" and path[1:2] and path[1] not in option_types):
+            continue
+        ending = "_" + name.replace("__", "_")
+        nested = [full for full in known if ("_" + full.replace("__", "_")).endswith(ending)]
+        hint = f" Write {PREFIX}{nested[0]}, with two underscores between table, backend and option." if nested else \
+            nearest(name, known).replace('"', f'"{PREFIX}', 1)
+        raise ConfigError(f"{variable}: there is no such setting." + hint)
 
 
 def load(option_types: Mapping[str, type], overrides: Mapping[str, Any] | None = None,
@@ -248,6 +280,8 @@ def merge(layers: Iterable[Layer], option_types: Mapping[str, type],
     mistake; a table of such a backend is left aside, with a sentence in Config.ignored.
     """
     layers = _with_profile(tuple(layers))
+    for layer in layers:
+        _check_variables(layer, option_types)
     ignored = tuple(sentence for layer in layers for sentence in _check_tables(layer, option_types, why_absent))
     settings = _build(Settings, layers, ("taylor_patch",))
     plugins = _build(PluginSettings, layers, ("plugins",))
@@ -255,6 +289,17 @@ def merge(layers: Iterable[Layer], option_types: Mapping[str, type],
     for layer in layers:
         _check_backend_name(layer, option_types, why_absent)
     return Config(settings, plugins, options, _rules(layers, option_types, why_absent), layers, ignored)
+
+
+def check(layers: Iterable[Layer], option_types: Mapping[str, type]) -> Config:
+    """merge, and besides every profile in force in turn, and rules that others replace. Raises ConfigError at the first mistake."""
+    layers = tuple(layers)
+    found = merge(layers, option_types)
+    for layer in layers:
+        merge([dataclasses.replace(layer, data={"rules": layer.data.get("rules", [])})], option_types)
+    for name in dict.fromkeys(name for layer in layers for name in layer.data.get("profiles", ())):
+        merge((Layer("command line", {"taylor_patch": {"profile": name}}), *layers), option_types)
+    return found
 
 
 def _with_profile(layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
@@ -285,7 +330,7 @@ def _check_tables(layer: Layer, option_types: Mapping[str, type], why_absent: Ca
     for key, value in layer.data.items():
         if key not in tables:
             raise ConfigError(f"{layer.place(key)}: {key}: unknown table; allowed are {', '.join(tables)}."
-                              + nearest(key, tables))
+                              + (" Put it under [taylor_patch]." if key in typing.get_type_hints(Settings) else nearest(key, tables)))
         if not isinstance(value, tables[key]):
             raise ConfigError(f"{layer.place(key)}: {key}: must be {'[[rules]]' if key == 'rules' else 'a table'}")
     for name, table in layer.data.get("backends", {}).items():
@@ -309,7 +354,11 @@ def _check_backend_name(layer: Layer, known: Mapping[str, type], why_absent: Cal
     name, valid = _find(layer.data, ("taylor_patch", "backend")), ["auto", *sorted(known)]
     if isinstance(name, str) and name not in valid:
         place = layer.place("taylor_patch", "backend")
-        raise ConfigError(f"{place}: taylor_patch.backend: {_not_one_of(name, valid, why_absent(name))}")
+        why = why_absent(name)
+        if place.startswith("TAYLOR_PATCH=") and why is None:
+            raise ConfigError(f"{place}: neither on (1), off (0) nor a backend: {', '.join(sorted(known))}."
+                              + nearest(name, [*known, *ON_WORDS, *OFF_WORDS]))
+        raise ConfigError(f"{place}: taylor_patch.backend: {_not_one_of(name, valid, why)}")
 
 
 def _find(data: Mapping[str, Any], path: tuple[str, ...]) -> Any:
@@ -365,11 +414,12 @@ def _coerce(value: Any, hint: Any, label: str) -> Any:
         elif isinstance(value, choice) and (choice is bool or not isinstance(value, bool)):
             return value
     named = [f'"{item}"' if isinstance(item, str) else str(item) for item in literals]
-    named += [{tuple: "a list of strings"}.get(typing.get_origin(c), getattr(c, "__name__", str(c)))  # type: ignore[arg-type]
+    named += [{tuple: "a list of strings"}.get(typing.get_origin(c), KINDS.get(c, str(c)))  # type: ignore[arg-type]
               for c in choices if typing.get_origin(c) is not Literal]
-    shown = f'"{value}"' if isinstance(value, str) else repr(value)
-    raise ConfigError(f"{label}: {shown} is not {' or '.join(named)}."
-                      + (nearest(value, map(str, literals)) if isinstance(value, str) else ""))
+    shown = f'"{value}"' if isinstance(value, str) else str(value).lower() if isinstance(value, bool) else repr(value)
+    quoted = isinstance(value, str) and type(_scalar(value)) in (set(choices) | ({int} if float in choices else set()))
+    raise ConfigError(f"{label}: {shown} is not {' or '.join(named)}" + (
+        ": leave out the quotes." if quoted else "." + (nearest(value, map(str, literals)) if isinstance(value, str) else "")))
 
 
 def _rules(layers: tuple[Layer, ...], option_types: Mapping[str, type], why_absent: Callable[[str], str | None]) -> tuple[Rule, ...]:
@@ -404,6 +454,8 @@ def _rules(layers: tuple[Layer, ...], option_types: Mapping[str, type], why_abse
             rules.append(Rule(parse_conditions(when), backend, quality, layer.place("rules", number, "when"), respect))
         except ValueError as error:
             raise fail("when", str(error)) from error
+        if not table.keys() - {"when"}:
+            raise fail("when", "the rule does nothing; give it a backend, a quality or respect")
     return tuple(rules)
 
 
@@ -456,7 +508,8 @@ def explain(config: Config, key: str) -> list[tuple[str, Any, bool]]:
     owner = owners.get(path[:-1])
     if owner is None or path[-1] not in {f.name for f in dataclasses.fields(owner)}:
         known = [".".join((*table, f.name)) for table, o in owners.items() for f in dataclasses.fields(o)]
-        raise ConfigError(f"{key}: unknown key." + nearest(".".join(path), known))
+        elsewhere = [name for name in known if name.endswith(f".{path[-1]}")]
+        raise ConfigError(f"{key}: unknown key." + (f" There is {', '.join(elsewhere)}." if elsewhere else nearest(".".join(path), known)))
     rows = [(layer.place(*path), found) for layer in config.layers if (found := _find(layer.data, path)) is not None]
     rows.append(("default", getattr(owner, path[-1])))
     return [(place, value, number == 0) for number, (place, value) in enumerate(rows)]

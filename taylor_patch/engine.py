@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from taylor_patch import cache, guard, plugins
+from taylor_patch import cache, guard, plugins, startup
 from taylor_patch import config as configuration
 from taylor_patch.backends.base import Backend, Fallback, not_finite
 from taylor_patch.call import AttentionCall
@@ -67,15 +67,18 @@ class Engine:
         self.head_groups = HeadGroups()
         self.registry = plugins.load(configuration.allowed_plugins(overrides, environ, comfyui_user()), environ=environ)
         self._stamp = self._current_stamp()
+        off = None
         try:
             loaded = self.load()
         except PluginError:  # with TAYLOR_PATCH_STRICT only
             raise
         except (Exception, SystemExit) as error:
-            self.problem = _problem(error)
-            log.warning("taylor_patch: %s. Attention stays exact until this is corrected.", self.problem)
+            where = error.place if isinstance(error, ConfigError) else type(error).__name__
+            self.problem, off = _problem(error), f"invalid configuration ({where})"
+            log.warning("taylor_patch: %sexact until the configuration is corrected: %s",
+                        "patched, but " if startup.registered else "", self.problem)
             loaded = configuration.Config(configuration.Settings(enabled=False))
-        self._put_in_force(loaded)
+        self._put_in_force(loaded, off)
 
     def layers(self) -> list[configuration.Layer]:
         """All sources of settings as they are now, strongest first. Raises ConfigError for one that cannot be read."""
@@ -91,13 +94,13 @@ class Engine:
         except ConfigError as error:
             return str(error)
 
-    def _put_in_force(self, loaded: configuration.Config) -> None:
+    def _put_in_force(self, loaded: configuration.Config, off: str | None = None) -> None:
         self.config = loaded
         for sentence in loaded.ignored:
             log.warning("taylor_patch: %s", sentence)
         cache.switch(loaded.settings.cache)
         self.log_file = LogFile(Path(loaded.settings.log_file).expanduser()) if loaded.settings.log_file else None
-        self.router = Router(loaded, self.registry)
+        self.router = Router(loaded, self.registry, off)
         self.registry.notify("taylor_patch_configure", config=loaded)
 
     def reload(self) -> None:
@@ -111,10 +114,10 @@ class Engine:
                 loaded = self.load()
             except (Exception, SystemExit) as error:
                 self.problem = _problem(error)
-                log.warning("taylor_patch: %s. The last good configuration stays in force.", self.problem)
+                log.warning("taylor_patch: the last good configuration stays in force: %s", self.problem)
                 return
-            self.problem = None
-            if loaded != self.config:
+            problem, self.problem = self.problem, None
+            if problem or loaded != self.config:
                 self._put_in_force(loaded)
                 log.info("taylor_patch: configuration reloaded: %s", self.describe())
 
@@ -122,7 +125,7 @@ class Engine:
         """The settings in force, for a log line: those of `auto` or of the named backend that are not at their defaults too."""
         s = self.config.settings
         if not s.enabled:
-            return "enabled = false"
+            return f"off by {self.router.off}"
         changed = configuration.plain(self.config)["backends"]
         options = [f"{name}.{key} = {value}"
                    for name, values in changed.items() if s.backend in ("auto", name) for key, value in values.items()]

@@ -11,7 +11,12 @@ class TaylorPatchError(Exception):
 
 
 class ConfigError(TaylorPatchError):
-    """A configuration is wrong; the text begins with file:line:column."""
+    """A configuration is wrong; the text begins with file:line:column, or the name of a variable."""
+
+    @property
+    def place(self) -> str:
+        """What the text begins with."""
+        return str(self).partition(": ")[0]
 
 
 class BackendRefused(TaylorPatchError):

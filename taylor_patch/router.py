@@ -87,14 +87,15 @@ class Router:
 
     CACHE_LIMIT = 4096
 
-    def __init__(self, config: Config, registry: Registry) -> None:
+    def __init__(self, config: Config, registry: Registry, off: str | None = None) -> None:
+        """off: why every call is exact, where the configuration does not say it."""
         self.config = config
         self.backends = Backends(registry, self._options)
         self._cache: dict[Any, Choice] = {}
         settings = config.settings
         self.has_rules = bool(config.rules)
         self.may_overrule = any(rule.respect == "rule" for rule in config.rules)
-        self.off = "enabled = false" if not settings.enabled else \
+        self.off = off if off else "enabled = false" if not settings.enabled else \
             'backend = "sdpa"' if settings.backend == "sdpa" and not config.rules else None
         """Why every call is exact, or None."""
         self._least: dict[torch.device, tuple[float, str]] = {}
@@ -134,6 +135,12 @@ class Router:
         here = calibration.measured(device)
         return here[backend.name] if backend.name in here else self.ask(backend, lambda asked: _crossover(asked, device))
 
+    def without_crossover(self, device: torch.device) -> str:
+        """Why `auto` is exact on a device of which no crossover is known, with what to do."""
+        if calibration.measured(device):
+            return f"no backend was measured to be faster on {calibration.device_name(device)}"
+        return f"no backend is known to be faster on {calibration.device_name(device)}: run `taylor-patch bench --calibrate`, or name near_far"
+
     def _find_least(self, device: torch.device) -> tuple[float, str]:
         settings = self.config.settings
         if settings.min_tokens != "auto":
@@ -144,7 +151,7 @@ class Router:
             return wanted
         measured = [tokens for backend in self.by_priority if (tokens := self.crossover(backend, device)) is not None]
         if not measured:
-            return math.inf, f"no backend is measured to be faster on {device.type}"
+            return math.inf, self.without_crossover(device)
         if settings.min_tokens == "auto":
             return min(measured), f"fewer tokens than {min(measured)}, the measured crossover"
         return wanted
@@ -189,7 +196,7 @@ class Router:
     def _choose(self, call: AttentionCall) -> Choice:
         settings = self.config.settings
         if not settings.enabled:
-            return Choice(None, ("enabled = false",))
+            return Choice(None, (self.off or "enabled = false",))
         name = next((rule.backend for rule in self.config.rules if rule.conditions.match(call) and rule.backend), settings.backend)
         least, reason = self.least_tokens(call.q.device)
         if call.q.shape[2] < least:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 
 import pytest
@@ -10,6 +12,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from taylor_patch.cli import main
+from tests.conftest import ROOT
 
 
 def run(*words, status=0):
@@ -78,7 +81,7 @@ def test_config_explain(configure, monkeypatch):
     monkeypatch.setenv("TAYLOR_PATCH", "sdpa")
     rows = json.loads(run("config", "explain", "backend", "--json"))
     assert [(row["place"], row["value"], row["wins"]) for row in rows] == [
-        ("environment", "sdpa", True), (f"{path}:2:1", "near_far", False), ("default", "auto", False)]
+        ("TAYLOR_PATCH=sdpa", "sdpa", True), (f"{path}:2:1", "near_far", False), ("default", "auto", False)]
     assert "wins" in run("config", "explain", "backend")
     assert "Did you mean" in run("config", "explain", "bakend", status=1)
 
@@ -95,12 +98,53 @@ def test_doctor_says_what_stops_it(configure):
     assert any("TAYLOR_PATCH is not set: off" in row["text"] for row in found)
 
 
-@pytest.mark.parametrize("words", [["script.py"], [sys.executable, "script.py"], [sys.executable, "-B", "script.py"]],
-                         ids=["script", "python", "flags"])
-def test_run_switches_on_and_passes_arguments(tmp_path, words):
-    import subprocess
+def launched(*words):
+    return subprocess.run([sys.executable, "-m", "taylor_patch", "run", "--", *words], capture_output=True, text=True)
 
-    (tmp_path / "script.py").write_text("import sys, os, taylor_patch.startup as s\n"
-                                        "print(sys.argv[1:], os.environ['TAYLOR_PATCH'], s.registered, __name__)\nsys.exit(7)\n")
-    done = subprocess.run([sys.executable, "-m", "taylor_patch", "run", "--", *words, "--listen", "x"], capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (7, "['--listen', 'x'] 1 True __main__\n"), done.stderr
+
+@pytest.mark.parametrize("words", [
+    ["script.py"], [sys.executable, "script.py"], [sys.executable, "-B", "script.py"],
+    [sys.executable, "-X", "utf8", "-W", "ignore", "script.py"],
+    [sys.executable, "-X", "utf8", "-m", "script"], ["-m", "script"]], ids=["script", "python", "flags", "options", "python-m", "m"])
+def test_run_switches_on_and_passes_arguments(tmp_path, words):
+    """`taylor_patch` is found by its start-up being in place; the first import of ComfyUI's registers the hooks."""
+    (tmp_path / "beside.py").write_text("")
+    (tmp_path / "script.py").write_text("import sys, os, beside, importlib.util, taylor_patch.startup as s\n"
+                                        "importlib.util.find_spec('comfy')\n"
+                                        "print(sys.argv[1:], os.environ['TAYLOR_PATCH'], s.registered, __name__, sys.flags.utf8_mode)\n"
+                                        "sys.exit(7)\n")
+    done = launched(*words, "--listen", "x")
+    assert (done.returncode, done.stdout) == (7, f"['--listen', 'x'] 1 True __main__ {int('utf8' in words)}\n"), done.stderr
+
+
+def test_run_lends_another_interpreter_ours_and_nothing_else(tmp_path):
+    """An interpreter without packages: ours can be imported, others of this environment cannot, and its own library is not shadowed."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "other"], check=True)
+    python = tmp_path / "other" / "bin" / "python"
+    (tmp_path / "script.py").write_text("import importlib.util as u, sys, taylor_patch.startup as s\n"
+                                        "print(u.find_spec('torch'), u.find_spec('comfy'), s.registered, sys.path[1:])\n")
+    bare = subprocess.run([python, "-c", "import sys; print(sys.path[1:])"], capture_output=True, text=True, env={}).stdout.strip()
+    (tmp_path / "without_path.py").write_text(
+        "import os, sys\nfrom taylor_patch.cli.launch import prepared\ndel os.environ['PYTHONPATH']\nprepared(sys.argv[1:])()\n")
+    done = subprocess.run([sys.executable, tmp_path / "without_path.py", python, "script.py"], capture_output=True, text=True,
+                          cwd=tmp_path, env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)})
+    assert done.stdout.strip() == f"None None True {bare}", done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["nofile.py"], "there is no file nofile.py here"), (["uv", "run", "main.py"], "there is no file uv here"),
+    (["python9.9", "main.py"], "there is no interpreter python9.9 here"), (["py", "-3.12", "main.py"], "there is no interpreter py here"),
+    ([sys.executable], "names no script"), ([sys.executable, "nofile.py"], "there is no file nofile.py"),
+    ([sys.executable, "-c", "1"], "Put it into a file"), (["-m", "no_such_module"], "there is no module no_such_module"),
+    (["."], "without __main__.py"), (["/usr/bin/env"], "is a program and not a Python script"),
+], ids=lambda words: " ".join(words)[-20:] if isinstance(words, list) else "")
+def test_run_mistakes_are_one_line(words, message):
+    done = launched(*words)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and message in done.stderr, done.stderr
+
+
+def test_run_leaves_the_errors_of_a_script_alone(tmp_path):
+    (tmp_path / "script.py").write_text("from taylor_patch import TaylorPatchError\nopen('nowhere')\n")
+    assert "Traceback" in launched("script.py").stderr
+    (tmp_path / "script.py").write_text("from taylor_patch import TaylorPatchError\nraise TaylorPatchError('mine')\n")
+    assert "Traceback" in launched("script.py").stderr

@@ -10,6 +10,7 @@ from typing import Literal
 import pytest
 import torch
 
+import taylor_patch
 from taylor_patch import config as configuration
 from taylor_patch import engine as engines
 from taylor_patch import plugins
@@ -65,13 +66,22 @@ MISTAKES = {
     "table": ("[taylor_pach]\n", ":1:2: taylor_pach: unknown table", 'mean "taylor_patch"'),
     "quality": ('\n[taylor_patch]\nquality = "balancd"\n', ":3:1: taylor_patch.quality:", 'mean "balanced"'),
     "quality-range": ("[taylor_patch]\nquality = 2.0\n", ":2:1: taylor_patch.quality: 2.0 is outside", ""),
-    "type": ('[taylor_patch]\nenabled = "yes"\n', ':2:1: taylor_patch.enabled: "yes" is not bool', ""),
-    "bool-is-no-int": ("[taylor_patch]\nmin_tokens = true\n", ":2:1: taylor_patch.min_tokens: True is not", "int"),
+    "type": ('[taylor_patch]\nenabled = "yes"\n', ':2:1: taylor_patch.enabled: "yes" is not true or false.', ""),
+    "quoted": ('[taylor_patch]\nmin_tokens = "8192"\n', ':2:1: taylor_patch.min_tokens: "8192" is not "auto" or a whole number:',
+               ": leave out the quotes."),
+    "quoted-bool": ('[taylor_patch]\nenabled = "false"\n', ":2:1: taylor_patch.enabled:", "leave out the quotes"),
+    "float": ('[taylor_patch]\nquality_limit = "1.5"\n', ':2:1: taylor_patch.quality_limit: "1.5" is not a number: leave', ""),
+    "text": ("[taylor_patch]\nlog_file = 3\n", ":2:1: taylor_patch.log_file: 3 is not text.", ""),
+    "no-table": ("enabled = false\n", ":1:1: enabled: unknown table", "Put it under [taylor_patch]."),
+    "windows-path": ('[taylor_patch]\nlog_file = "C:\\Users\\me\\x.jsonl"\n', ":2:", "write / in paths, or put them in single quotes"),
+    "no-steps": ("[taylor_patch]\nstart_percent = 0.8\nend_percent = 0.5\n", ":2:1: taylor_patch.start_percent: 0.8", "below end_percent"),
+    "rule-does-nothing": ('[[rules]]\nwhen = { kind = "self" }\n', ":2:1: rules[0].when: the rule does nothing", "backend"),
+    "bool-is-no-int": ("[taylor_patch]\nmin_tokens = true\n", ":2:1: taylor_patch.min_tokens: true is not", "a whole number"),
     "literal": ('[taylor_patch]\nlog = "rum"\n', ":2:1: taylor_patch.log:", 'mean "run"'),
     "backends": ("[taylor_patch]\n[backends.nearfar]\n", ":2:2: backends.nearfar: unknown backend", 'mean "near_far"'),
     "option": ("[backends.near_far]\ndensty = 1\n", ":2:1: backends.near_far.densty: unknown key", 'mean "density"'),
     "option-range": ("[backends.near_far]\ndensity = 1.5\n", ":2:1: backends.near_far.density: 1.5", ""),
-    "rule-key": ("[[rules]]\nwhen = {}\n[[rules]]\nbackand = 1\n", ":4:1: rules[1].backand: unknown key", 'mean "backend"'),
+    "rule-key": ("[[rules]]\nquality = 1\n[[rules]]\nbackand = 1\n", ":4:1: rules[1].backand: unknown key", 'mean "backend"'),
     "rule-when": ('[[rules]]\nwhen = { tokns = ">=1" }\n', ':2:1: rules[0].when: unknown condition "tokns"', 'mean "tokens"'),
     "rule-backend": ('[[rules]]\nbackend = "sdpaa"\n', ":2:1: rules[0].backend:", 'mean "sdpa"'),
     "rule-quality": ("[[rules]]\nquality = 5\n", ":2:1: rules[0].quality: 5.0 is outside", ""),
@@ -95,7 +105,10 @@ def test_named_file_must_exist(tmp_path):
 
 @pytest.mark.parametrize(("variables", "check"), [
     ({"TAYLOR_PATCH": "near_far"}, lambda c: c.settings.backend == "near_far"),
-    ({"TAYLOR_PATCH": "1"}, lambda c: c.settings.backend == "auto"),
+    *(({"TAYLOR_PATCH": word}, lambda c: c.settings.backend == "auto") for word in ("", "1", "0 ", "on", " True", "YES", '"1"', "off", "No")),
+    ({"TAYLOR_PATCH": " Near_Far "}, lambda c: c.settings.backend == "near_far"),
+    ({"TAYLOR_PATCH_BACKEND": "Near_Far "}, lambda c: c.settings.backend == "near_far"),
+    ({"TAYLOR_PATCH_ENABLED": "False "}, lambda c: c.settings.enabled is False),
     ({"TAYLOR_PATCH": "sdpa", "TAYLOR_PATCH_BACKEND": "near_far"}, lambda c: c.settings.backend == "near_far"),
     ({"TAYLOR_PATCH_ENABLED": "false"}, lambda c: c.settings.enabled is False),
     ({"TAYLOR_PATCH_QUALITY": "0.07"}, lambda c: c.target_error == 0.07),
@@ -109,14 +122,45 @@ def test_environment(variables, check):
     assert check(load(variables))
 
 
-@pytest.mark.parametrize("variables", [
-    {"TAYLOR_PATCH_BAKEND": "auto"},
-    {"TAYLOR_PATCH_BACKENDS__NEAR_FAR": "x"},
-    {"TAYLOR_PATCH_BACKENDS__NEAR_FAR": "x", "TAYLOR_PATCH_BACKENDS__NEAR_FAR__DENSITY": "0.5"},
-], ids=["unknown", "not-a-table", "value-and-table"])
-def test_wrong_variables_are_configuration_errors(variables):
-    with pytest.raises(ConfigError, match="environment"):
+NESTED = "Write TAYLOR_PATCH_BACKENDS__NEAR_FAR__DENSITY, with two underscores"
+
+
+@pytest.mark.parametrize(("variables", "begins", "hint"), [
+    ({"TAYLOR_PATCH": "tru"}, "TAYLOR_PATCH=tru: neither on (1), off (0) nor a backend: near_far", 'mean "true"?'),
+    ({"TAYLOR_PATCH": "near_fra "}, "TAYLOR_PATCH=near_fra: ", 'mean "near_far"?'),
+    ({"TAYLOR_PATCH_BACKEND": "near_fra"}, 'TAYLOR_PATCH_BACKEND: taylor_patch.backend: "near_fra" is not one of', 'mean "near_far"?'),
+    ({"TAYLOR_PATCH_ENABLED": "0"}, "TAYLOR_PATCH_ENABLED: taylor_patch.enabled: 0 is not true or false", ""),
+    ({"TAYLOR_PATCH_QUALITY": "3"}, "TAYLOR_PATCH_QUALITY: taylor_patch.quality: ", ""),
+    ({"TAYLOR_PATCH_BACKENDS__NEAR_FAR__DENSITY": "2"}, "TAYLOR_PATCH_BACKENDS__NEAR_FAR__DENSITY: backends.near_far.density", ""),
+    ({"TAYLOR_PATCH_BAKEND": "auto"}, "TAYLOR_PATCH_BAKEND: there is no such setting.", 'mean "TAYLOR_PATCH_BACKEND"?'),
+    ({"TAYLOR_PATCH_BACKENDS_NEAR_FAR_DENSITY": "0.1"}, "TAYLOR_PATCH_BACKENDS_NEAR_FAR_DENSITY: there is no such setting.", NESTED),
+    ({"TAYLOR_PATCH_DENSITY": "0.1"}, "TAYLOR_PATCH_DENSITY: there is no such setting.", NESTED),
+    ({"TAYLOR_PATCH_BACKENDS__NEARFAR__DENSITY": "0.1"}, "TAYLOR_PATCH_BACKENDS__NEARFAR__DENSITY: backends.nearfar: unknown backend", ""),
+    ({"TAYLOR_PATCH_BACKENDS__NEAR_FAR": "x"}, "TAYLOR_PATCH_BACKENDS__NEAR_FAR: there is no such setting.", "NEAR_FAR__"),
+    ({"TAYLOR_PATCH_BACKENDS__NEAR_FAR": "x", "TAYLOR_PATCH_BACKENDS__NEAR_FAR__DENSITY": "0.5"},
+     "TAYLOR_PATCH_BACKENDS__NEAR_FAR__DENSITY: another variable gives near_far a value", ""),
+], ids=lambda x: "+".join(f"{n}={v}" for n, v in x.items()) if isinstance(x, dict) else "")
+def test_wrong_variables_are_configuration_errors(variables, begins, hint):
+    with pytest.raises(ConfigError) as error:
         load(variables)
+    assert str(error.value).startswith(begins) and hint in str(error.value), str(error.value)
+
+
+@pytest.mark.parametrize("word", ["", "0", "0 ", "off", " FALSE", "no", "1", "on", "True", "yes", "near_far", "tru"])
+def test_start_up_and_configuration_agree_on_the_switch(word):
+    """What start-up takes for off changes no setting, and what names a backend is on."""
+    asked = taylor_patch.asked_for(word)
+    try:
+        backend = load({"TAYLOR_PATCH": word}).settings.backend
+    except ConfigError:
+        backend = "wrong"
+    assert (asked, backend) == {"near_far": ("near_far", "near_far"), "tru": ("tru", "wrong")}.get(
+        word, ("1" if word in ("1", "on", "True", "yes") else "", "auto"))
+
+
+def test_a_mark_at_the_beginning(configure):
+    configure("\ufeff[taylor_patch]\nbackend = \"near_far\"\n")
+    assert load().settings.backend == "near_far"
 
 
 def touch(path, text):
@@ -139,10 +183,19 @@ def test_invalid_file_at_run_time_keeps_the_last_good(configure, caplog):
     assert engine.config.settings.backend == "taylor_torch" and engine.problem is None
 
 
-def test_invalid_file_at_start_is_exact(configure, caplog):
+def test_invalid_file_at_start_is_exact(configure, tmp_path, caplog):
     configure("[taylor_patch]\nbackend = 3\n")
+    path = tmp_path / "taylor_patch.toml"
     engine = engines.engine()
-    assert engine.router.off and ":2:1:" in engine.problem and "stays exact" in caplog.text
+    assert engine.router.off == f"invalid configuration ({path}:2:1)" and engine.describe() == f"off by {engine.router.off}"
+    (line,) = caplog.messages
+    assert line.endswith(f"exact until the configuration is corrected: {path}:2:1: taylor_patch.backend: 3 is not text.")
+    touch(path, "[taylor_patch]\nenabled = false\n")
+    engine.reload()
+    assert (engine.problem, engine.router.off, engine.describe()) == (None, "enabled = false", "off by enabled = false")
+    touch(path, "")
+    engine.reload()
+    assert engine.router.off is None
 
 
 def call(tokens=128, kv=None, dim=16, **fields):
@@ -230,9 +283,14 @@ def test_explain(configure):
     path = configure("[taylor_patch]\nmin_tokens = 7\n")
     found = load({"TAYLOR_PATCH_MIN_TOKENS": "9"})
     rows = configuration.explain(found, "min_tokens")
-    assert rows == [("environment", 9, True), (f"{path}:2:1", 7, False), ("default", "auto", False)]
+    assert rows == [("TAYLOR_PATCH_MIN_TOKENS", 9, True), (f"{path}:2:1", 7, False), ("default", "auto", False)]
     assert configuration.explain(found, "taylor_patch.quality") == [("default", "balanced", True)]
     assert configuration.explain(found, "backends.near_far.tail") == [("default", "cumulant", True)]
+
+
+def test_explain_names_where_an_option_is():
+    with pytest.raises(ConfigError, match=r"density: unknown key\. There is backends\.near_far\.density\."):
+        configuration.explain(load(), "density")
 
 
 @pytest.mark.parametrize("key", ["min_token", "backends.near_far.nothing", "nowhere.at", "problems",
@@ -336,6 +394,18 @@ def test_mistakes_in_profiles(configure, text, place, hint):
     with pytest.raises(ConfigError) as error:
         load()
     assert str(error.value).startswith(str(path) + place) and hint in str(error.value), str(error.value)
+
+
+@pytest.mark.parametrize(("text", "problem"), [
+    ('[profiles.a]\nqualty = 1\n', "qualty"), ('[[profiles.a.rules]]\nbackend = "x"\n', "rules[0].backend"),
+    ('[profiles.a]\nend_percent = 0.0\n', "end_percent"), ('[[profiles.a.rules]]\nwhen = {}\n', "does nothing"),
+    ('[taylor_patch]\nprofile = "b"\n[[rules]]\nbackend = "x"\n[[profiles.b.rules]]\nquality = 0.1\n', "rules[0].backend"),
+], ids=["key", "rule", "percent", "no-effect", "replaced-rules"])
+def test_check_looks_at_what_is_not_in_force(configure, text, problem):
+    configure(text)
+    load()
+    with pytest.raises(ConfigError, match=re.escape(problem)):
+        configuration.check(configuration.layers_of(environ={}), TYPES)
 
 
 def test_rules_on_kind_and_mask():

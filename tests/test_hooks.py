@@ -188,10 +188,29 @@ def test_sparse_differs_and_is_counted(comfy, configure):
     assert handled() == 1 and out.shape == q.shape and not torch.equal(out, comfy.original(q, k, v, HEADS))
 
 
+@pytest.mark.parametrize(("text", "line", "reason"), [
+    ("[taylor_patch]\nbackend = 3\n", "patched, but exact until the configuration is corrected: {path}:2:1: "
+     "taylor_patch.backend: 3 is not text.", "invalid configuration ({path}:2:1)"),
+    ("[taylor_patch]\nenabled = false\n", "off by enabled = false.", "enabled = false"),
+    ('[taylor_patch]\nbackend = "sdpa"', 'on: backend = "sdpa", quality = balanced, min_tokens = auto. TAYLOR_PATCH=0 turns it off.',
+     'backend = "sdpa"'),
+], ids=["wrong", "off", "on"])
+def test_line_at_start_and_reason_of_the_run(comfy, configure, caplog, text, line, reason):
+    taylor_patch.uninstall()
+    path = configure(text)
+    caplog.set_level("INFO", "taylor_patch")
+    taylor_patch.install()
+    assert [message for message in caplog.messages if "memory" not in message] == ["taylor_patch: " + line.format(path=path)]
+    q, k, v = qkv()
+    comfy.sample(lambda o: comfy.attention.optimized_attention(q, k, v, HEADS, transformer_options=o))
+    assert last().fallbacks == {reason.format(path=path): 1}
+
+
 def test_cpu_auto_is_exact_with_reason(comfy):
     q, k, v = qkv()
     (out,) = comfy.sample(lambda o: comfy.attention.optimized_attention(q, k, v, HEADS, transformer_options=o))
-    assert torch.equal(out, comfy.original(q, k, v, HEADS)) and last().fallbacks == {"no backend is measured to be faster on cpu": 1}
+    assert torch.equal(out, comfy.original(q, k, v, HEADS))
+    assert last().fallbacks == {"no backend is known to be faster on cpu: run `taylor-patch bench --calibrate`, or name near_far": 1}
 
 
 FORMS = {

@@ -76,17 +76,21 @@ def test_off_loads_the_guard_only(python, switch, flags):
 def test_on_registers_and_nothing_else(python, switch, flags):
     modules = loaded(python, switch, flags)
     assert {name for name in modules if name.startswith("taylor_patch")} == {"taylor_patch", "taylor_patch.startup"}
-    assert "wrapt" in modules and not {"torch", "pluggy"} & modules
+    assert not {"torch", "wrapt", "pluggy"} & modules
 
 
 def test_without_site_nothing_runs(python):
     assert not any(name.startswith("taylor_patch") for name in loaded(python, "1", ("-S",)))
 
 
+IMPORTS_COMFY = "import importlib.util, sys, taylor_patch.startup as s; importlib.util.find_spec('comfy'); "
+
+
 def test_running_twice_registers_once(python):
-    code = ("import taylor_patch; taylor_patch._startup(); taylor_patch._startup(); from wrapt import importer;"
-            "print([len(importer._post_import_hooks[n]) for n in sorted(importer._post_import_hooks) if n.startswith('comfy')])")
-    assert start(python, code, "1")[0].split() == ["[1,", "1,", "1,", "1]"]
+    code = ("import taylor_patch; taylor_patch._startup(); taylor_patch._startup();" + IMPORTS_COMFY +
+            "from wrapt import importer; print(sys.meta_path.count(s.Waiting),"
+            "[len(importer._post_import_hooks[n]) for n in sorted(importer._post_import_hooks) if n.startswith('comfy')])")
+    assert start(python, code, "1")[0].split() == ["1", "[1,", "1,", "1,", "1]"]
 
 
 def test_spawned_children_are_patched_too(python, tmp_path):
@@ -111,13 +115,34 @@ def test_a_hook_that_fails_does_not_break_the_import(python, tmp_path):
     assert len(err.splitlines()) == 1 and "comfy.ldm.modules.attention is not patched (ModuleNotFoundError" in err
 
 
-def test_missing_wrapt_is_one_line(tmp_path, wheel):
-    python = make(tmp_path / "venv", [wheel])
-    for switch in (None, "0"):
-        assert start(python, "print(1)", switch) == ("1\n", "")
-    out, err = start(python, "print(1)", "1")
-    assert out == "1\n" and len(err.splitlines()) == 1
+@pytest.fixture(scope="module")
+def without_wrapt(tmp_path_factory, wheel):
+    return make(tmp_path_factory.mktemp("without_wrapt"), [wheel])
+
+
+def test_missing_wrapt_is_one_line(without_wrapt):
+    for switch in (None, "0", "1"):
+        assert start(without_wrapt, "print(1)", switch) == ("1\n", "")
+    out, err = start(without_wrapt, IMPORTS_COMFY * 2 + "print(s.registered, s.failure)", "1")
+    assert out == "False ModuleNotFoundError: No module named 'wrapt'\n" and len(err.splitlines()) == 1
     assert err.startswith("taylor_patch: off: start-up failed (ModuleNotFoundError: No module named 'wrapt')")
+
+
+def test_wrapt_in_a_folder_that_comes_later(without_wrapt, tmp_path):
+    """As with a virtual environment on top of the system's packages, or a package of the user's."""
+    site = next(without_wrapt.parents[1].glob("lib/python*/site-packages"))
+    pip(without_wrapt, "install", "--no-deps", "--target", tmp_path / "late", "--constraint", ROOT / "constraints.txt", "wrapt")
+    package = tmp_path / "comfy" / "ldm" / "modules"
+    package.mkdir(parents=True)
+    (package / "attention.py").write_text("")
+    late = site / "zz_late.pth"
+    late.write_text(f"import sys; assert 'taylor_patch.startup' in sys.modules and 'wrapt' not in sys.modules\n{tmp_path / 'late'}\n")
+    try:
+        out, err = start(without_wrapt, "import comfy.ldm.modules.attention, taylor_patch.startup as s; print(s.registered, *s.fired)", "1",
+                         PYTHONPATH=str(tmp_path))
+    finally:
+        late.unlink()
+    assert out.split() == ["True", "comfy.ldm.modules.attention"] and "start-up failed" not in err, err
 
 
 def test_uninstalling_leaves_nothing(tmp_path, wheel):

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Group(click.Group):
-    """Errors of ours end a command with their text and status 1, not with a traceback."""
+    """Errors of ours, and files that cannot be read or written, end a command with one line and status 1, not with a traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:
         """See click.Group."""
@@ -25,8 +25,12 @@ class Group(click.Group):
         except Exception as error:
             from taylor_patch.errors import TaylorPatchError
 
+            if ctx.invoked_subcommand == "run":  # errors of the script are its own
+                raise
             if isinstance(error, TaylorPatchError):
                 raise click.ClickException(str(error)) from error
+            if isinstance(error, OSError) and error.filename:
+                raise click.ClickException(f"{error.filename}: {error.strerror}. Does its folder exist, and may it be written?") from error
             raise
 
 
@@ -121,9 +125,14 @@ def run(command: tuple[str, ...]) -> None:
 
     For interpreters that do not read start-up files.
     """
-    from taylor_patch.cli.launch import launch
+    from taylor_patch.cli.launch import prepared
+    from taylor_patch.errors import TaylorPatchError
 
-    launch(command)
+    try:
+        start = prepared(command)
+    except TaylorPatchError as error:
+        raise click.ClickException(str(error)) from error
+    start()
 
 
 def _registry() -> Registry:

@@ -92,8 +92,10 @@ def _comfyui(folder: Path) -> list[Finding]:
         return [*found, ("problem", f"this interpreter cannot import ComfyUI ({problem[0]}); run doctor with ComfyUI's interpreter")]
     seen = json.loads(done.stdout.strip().splitlines()[-1])
     if environment["TAYLOR_PATCH"] != "0":
-        found.append(("ok", "start-up registered the hooks") if seen["at_start"] else
-                     ("problem", "start-up did not register the hooks: the start-up files did not run in this interpreter"))
+        found.append(("ok", "the start-up files ran") if seen["at_start"] else
+                     ("problem", "the start-up files did not run in this interpreter"))
+    if seen["failure"]:
+        found.append(("problem", f"start-up failed: {seen['failure']}"))
     found += [("ok", f"{target} is patched") if state == "ok" else ("problem", f"{target} is not patched: {state}")
               for target, state in seen["hooks"].items()]
     found += [("ok" if "taylor_patch" in sentence else "problem", f"others patched this too, outermost first: {sentence}")

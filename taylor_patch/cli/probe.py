@@ -8,11 +8,12 @@ import sys
 
 
 def main() -> None:
-    """Run in ComfyUI's folder. The last line printed is {"at_start", "hooks", "patched", "others"}; others are sentences."""
+    """Run in ComfyUI's folder. The last line printed is {"at_start", "failure", "hooks", "patched", "others"}; others are sentences."""
     sys.path.insert(0, "")
+    import taylor_patch
     from taylor_patch import startup
 
-    at_start = startup.registered
+    at_start = taylor_patch._started
     from comfy.cli_args import args  # type: ignore[import-not-found]
 
     args.cpu = True  # nothing here needs the GPU, which a running ComfyUI may be using
@@ -26,7 +27,7 @@ def main() -> None:
     from taylor_patch.hooks.attention import patched
     from taylor_patch.hooks.chain import strangers
 
-    print(json.dumps({"at_start": at_start, "hooks": startup.fired, "patched": patched(), "others": strangers()}))
+    print(json.dumps({"at_start": at_start, "failure": startup.failure, "hooks": startup.fired, "patched": patched(), "others": strangers()}))
 
 
 main()

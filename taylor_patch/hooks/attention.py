@@ -65,7 +65,10 @@ def install(module: ModuleType) -> None:
     from taylor_patch.hooks import registry  # which answers by the functions below
 
     registry.install(module, originals["optimized_attention"])
-    log.info("taylor_patch: on: %s. TAYLOR_PATCH=0 turns it off.", engine().describe())
+    current = engine()
+    if current.problem is None:  # which is in the log already
+        form = "taylor_patch: on: %s. TAYLOR_PATCH=0 turns it off." if current.config.settings.enabled else "taylor_patch: %s."
+        log.info(form, current.describe())
 
 
 def uninstall() -> None:
