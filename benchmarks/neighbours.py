@@ -20,6 +20,7 @@ from torch import Tensor
 from benchmarks import record
 from benchmarks.trained import captured
 from taylor_patch.backends.near_far import reference
+from taylor_patch.backends.near_far.blocks import masses, near_blocks
 from taylor_patch.backends.tiles import tile_shape
 from taylor_patch.call import TokenGrid
 
@@ -58,9 +59,9 @@ def errors(size: int) -> Iterator[tuple[int, float, int, float, float]]:
         scaled = q * q.shape[-1] ** -0.5
         exact = torch.cat([torch.softmax(rows @ k.double().T, -1) @ v.double() for rows in scaled.double().split(2048)])
         head = reference.Head(scaled, k, v, grid)
-        mass = reference.masses(head.q_blocks, head.filled, head.blocks)
+        mass = masses(head.q_blocks, head.filled, head.blocks)
         for density in DENSITIES:
-            routed = reference.near_blocks(mass, density, head.blocks, head.own)
+            routed = near_blocks(mass, density, head.blocks, head.own)
             for count in FORCED:
                 near = with_neighbours(routed, mass, adjacent(grid, count))
                 if near is not None:
