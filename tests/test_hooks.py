@@ -522,6 +522,30 @@ def test_a_choice_for_exact_is_remembered_in_the_run_only(comfy, configure, monk
     assert len(asked) == 5
 
 
+REFUSED_AND_NOT = {  # arguments of two calls with tensors of the same shapes: the first is refused, the second is not
+    "heads": ({"heads": 1}, {"heads": 4}),  # one head of 512 is too large
+    "dtype": ({"dtype": torch.float64}, {}),
+    "scale": ({"scale": 2.0}, {"scale": 0.1}),
+    "block of a UNet": ({"block": ("input", 4), "activations_shape": [2, 640, 64, 64]},
+                        {"block": ("input", 7), "activations_shape": [2, 640, 16, 16]}),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_AND_NOT)
+def test_a_refusal_is_not_inherited_by_another_call(comfy, configure, monkeypatch, case):
+    configure(SPARSE)
+    kind = type(engines.engine().router.backends["near_far"])
+    against = kind.reasons_against
+    monkeypatch.setattr(kind, "reasons_against", lambda self, call: (*against(self, call), *(["scale"] if call.scale > 1 else [])))
+    x = torch.randn(1, TOKENS, 512)
+
+    def call(options, heads=4, dtype=torch.float32, scale=None, **more):
+        return comfy.attention.optimized_attention(*[x.to(dtype)] * 3, heads, scale=scale, transformer_options={**options, **more})
+
+    comfy.sample(lambda o: [call(o, **kwargs) for kwargs in REFUSED_AND_NOT[case]], sigmas=(2.0, 1.0, 0.0))
+    assert last().calls == {"exact": 2, "near_far": 2}, last().fallbacks
+
+
 @pytest.mark.parametrize("state", ["on", "disabled", "uninstalled"])
 def test_compiled_equals_eager(comfy, configure, state):
     configure(SPARSE if state == "on" else "[taylor_patch]\nenabled = false\n")

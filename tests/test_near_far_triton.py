@@ -1,7 +1,14 @@
 """The Triton kernels of near_far against the plain version in float64: in Triton's interpreter, or on the GPU where there is one."""
 
 import dataclasses
+import json
 import math
+import os
+import re
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -240,6 +247,27 @@ def test_any_two_grids(t, h, w, before, after, key_h, key_w, key_after, masked, 
     out, near = run_round(call, density, "cumulant")
     assert bool(out.isfinite().all())
     assert error(out, oracle(call, near, density, "cumulant")) < 1e-5
+
+
+def test_pitfall_27_a_new_size_compiles_nothing_anew():
+    """Kernels are told apart by their constants only, and of these by the arrangement of blocks, not by the size: image or video, blocks
+    full or not, and how far a program of the scores goes."""
+    environ = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    script = Path(__file__).with_name("near_far_compilations.py")
+    done = subprocess.run([sys.executable, script], env=environ, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    specialised, constants = defaultdict(set), defaultdict(set)
+    for size in json.loads(done.stdout):
+        assert {kernel for kernel, *_ in size} >= {"gather_kernel", "attend_kernel", "probe_kernel"}
+        for kernel, fixed, others in size:
+            specialised[kernel, json.dumps(fixed)].add(json.dumps(others))
+            for name, value in fixed.items():
+                constants[name, kernel].add(value)
+    assert {key[0]: found for key, found in specialised.items() if len(found) > 1} == {}
+    varying = {name for (name, _), values in constants.items() if len(values) > 1}
+    tiles = {f"{side}TILE_{axis}" for side in ("", "QUERY_") for axis in "THW"}
+    assert varying == {"AIMED", "EXACT", "BIASED", "STEPS", *tiles}
+    assert {int(re.search(r"\d+", value)[0]) for value in constants["STEPS", "score_kernel"]} <= {1, 2, 4, 8}
 
 
 HOSTILE = ("identical keys", "huge keys", "one-hot values", "a sink", "far from the origin")

@@ -155,8 +155,8 @@ def answer(args: tuple[Any, ...], kwargs: dict[str, Any], original: Callable[...
     run = current_run() if evaluation is None else evaluation.run
     if run is None:
         return None
-    tally = run.tally if evaluation is None else evaluation.tally
-    if override is None and SLOT in kwargs["transformer_options"]:
+    tally, options = run.tally if evaluation is None else evaluation.tally, kwargs["transformer_options"]
+    if override is None and SLOT in options:
         return _beside_override(evaluation, tally, args, kwargs)
     if evaluation is not None:
         evaluation.calls += 1
@@ -188,9 +188,11 @@ def answer(args: tuple[Any, ...], kwargs: dict[str, Any], original: Callable[...
         key = None
         # A choice for exact attention holds for the rest of the run, unless rules look at step and block.
         if len(args) > 2 and type(args[1]) is Tensor and not router.has_rules and backend is None:
-            mask, image = args[4] if len(args) > 4 else kwargs.get("mask"), kwargs["transformer_options"].get("img_slice")
-            key = (shape, args[1].numel(), None if mask is None else mask.shape, None if image is None else tuple(image),
-                   None if evaluation is None else evaluation.latent_shape)
+            # What AttentionCall.signature and the scale follow from; each device has a `known_exact` of its own.
+            mask, image = args[4] if len(args) > 4 else kwargs.get("mask"), options.get("img_slice")
+            key = (shape, args[1].shape, q.dtype, args[3] if len(args) > 3 else kwargs["heads"], skip, kwargs.get("scale"),
+                   None if mask is None else mask.shape, None if image is None else tuple(image), options.get("block"),
+                   None if evaluation is None else (evaluation.latent_shape, evaluation.has_reference))
             if (known := here.known_exact.get(key)) is not None:
                 tally.exact(known)
                 return None
