@@ -23,9 +23,9 @@ class PluginError(TaylorPatchError):
 
 
 def said(error: BaseException) -> str:
-    """Name and text of an exception, for a line; the name alone where the text cannot be made."""
+    """Name and text of an exception, for a line; the name alone where the text cannot be made. A PluginError needs no name."""
     try:
-        return f"{type(error).__name__}: {error}"
+        return str(error) if isinstance(error, PluginError) else f"{type(error).__name__}: {error}"
     except Exception:
         return type(error).__name__
 

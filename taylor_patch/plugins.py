@@ -19,7 +19,7 @@ import pluggy
 
 from taylor_patch import hookspecs
 from taylor_patch.declaration import LazyBackend
-from taylor_patch.errors import PluginError
+from taylor_patch.errors import PluginError, said
 from taylor_patch.time_limit import within
 
 if TYPE_CHECKING:
@@ -144,11 +144,6 @@ def load(allow: Iterable[str] = ("*",), found: Iterable[EntryPoint] | None = Non
             registry._problem(f"plugin {entry.name}", entry.value, error)
             registry.plugins.append(Plugin(entry.name, entry.value, error=said(error)))
     return registry
-
-
-def said(error: BaseException) -> str:
-    """An exception as a listing shows it; our own need no name before their text."""
-    return str(error) if isinstance(error, PluginError) else f"{type(error).__name__}: {error}"
 
 
 def _seconds(environ: Mapping[str, str]) -> float:

@@ -19,7 +19,8 @@ from taylor_patch.backends.base import FLOATS, Backend, Fallback
 from taylor_patch.call import AttentionCall
 from taylor_patch.declaration import imported
 from taylor_patch.engine import check_form
-from taylor_patch.plugins import declared, said
+from taylor_patch.errors import said
+from taylor_patch.plugins import declared
 from taylor_patch.testing.cases import GRID, LAYOUTS, TEXT, changed, exact, key_mask, make_call, relative_error
 from taylor_patch.testing.memory import peak_nbytes
 from taylor_patch.testing.pytest_plugin import measured
