@@ -26,7 +26,7 @@ from benchmarks.attention import relative
 from benchmarks.trained import Attend, captured, psnr, sample
 from taylor_patch.backends.near_far import NearFar, NearFarOptions, op, plan, reference
 from taylor_patch.call import AttentionCall, TokenGrid
-from taylor_patch.config import QUALITIES
+from taylor_patch.quality import QUALITIES
 
 SIZE, STEPS, AT, PICTURES = 256, 24, (2, 8, 14, 20), (17, 18, 0)
 GRID = TokenGrid(1, SIZE // 2, SIZE // 2, 16)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from taylor_patch.quality import DEFAULT, QUALITIES
+
 
 @dataclass(frozen=True)
 class TokenGrid:
@@ -56,7 +58,7 @@ class AttentionCall:
     sigma: float | None = None
     block: int | None = None
     model: str | None = None
-    target_error: float = 0.03
+    target_error: float = QUALITIES[DEFAULT]
     fingerprint: str | None = None
     memo: dict[Any, Any] | None = field(default=None, compare=False, repr=False)
     first_head: int = 0
@@ -129,7 +131,8 @@ def from_comfyui(q: Tensor, k: Tensor, v: Tensor, heads: int, *, mask: Tensor | 
 
 
 def from_heads_first(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, scale: float | None = None,
-                     grid: TokenGrid | None = None, key_grid: TokenGrid | None = None, target_error: float = 0.03) -> AttentionCall:
+                     grid: TokenGrid | None = None, key_grid: TokenGrid | None = None,
+                     target_error: float = QUALITIES[DEFAULT]) -> AttentionCall:
     """AttentionCall of q [B, H, N_q, D] and k, v [B, H_kv, N_kv, D]. Raises Unsupported with the reason."""
     if any(x.dim() != 4 for x in (q, k, v)) or k.shape[:3] != v.shape[:3] or k.shape[-1] != q.shape[-1] or k.shape[0] != q.shape[0]:
         raise Unsupported("q, k and v do not fit together")

@@ -19,6 +19,7 @@ from typing import Any, Literal
 from taylor_patch import OFF_WORDS, ON_WORDS, asked_for
 from taylor_patch.errors import ConfigError, nearest, said
 from taylor_patch.options import option, problems_of
+from taylor_patch.quality import DEFAULT, QUALITIES
 from taylor_patch.rules import CONDITIONS, RESPECT, Rule, parse_conditions
 from taylor_patch.toml_location import locate
 
@@ -35,8 +36,6 @@ RULE_KEYS = {
     "respect": '`"override"`, what goes without saying: a node\'s override and the checkpoint\'s own attention win; `"rule"`: the rule wins',
 }
 """Keys of one of [[rules]] and what they mean."""
-QUALITIES = {"lossless": 0.02, "balanced": 0.03, "fast": 0.10}
-"""Name -> relative L2 error aimed at per attention call."""
 
 KINDS: dict[Any, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 """Type of a value -> how a message calls it."""
@@ -55,8 +54,8 @@ class Settings:
     backend: str = option(
         "auto", 'a backend\'s name, `"sdpa"` for exact, or `"auto"`: the best one that was measured to be faster on this device')
     quality: str | float = option(
-        "balanced", 'relative L2 error aimed at per attention call: `"lossless"` 0.02, `"balanced"` 0.03, `"fast"` 0.10, or a number',
-        above=0, at_most=1)
+        DEFAULT, "relative L2 error aimed at per attention call: " + ", ".join(f'`"{name}"` {error:g}' for name, error in QUALITIES.items())
+        + ", or a number", above=0, at_most=1)
     min_tokens: int | Literal["auto"] = option(
         "auto", 'calls with fewer query tokens are exact; `"auto"`: each backend\'s own bound, or its measured crossover', at_least=1)
     start_percent: float = option(0.0, "exact before this part of the schedule", at_least=0, at_most=1)

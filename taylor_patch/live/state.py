@@ -7,10 +7,11 @@ from typing import Any
 
 import taylor_patch
 from taylor_patch.api import status
-from taylor_patch.config import QUALITIES, Config
+from taylor_patch.config import Config
 from taylor_patch.engine import Engine, engine
 from taylor_patch.errors import ConfigError
 from taylor_patch.live.settings_file import path_of, set_elsewhere
+from taylor_patch.quality import QUALITIES
 from taylor_patch.report.page import section
 from taylor_patch.report.runs import Run
 from taylor_patch.run import open_runs

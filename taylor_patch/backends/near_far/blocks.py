@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 ROUTING_SAMPLES = 4
-"""Sub-means of a query block that vote on its near blocks."""
+"""Means of a query block's quarters, which vote on its near blocks."""
 
 
 @dataclass(frozen=True)

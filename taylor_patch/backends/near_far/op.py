@@ -13,7 +13,7 @@ from taylor_patch.backends.base import launching_on, note_not_finite
 from taylor_patch.backends.near_far import aim
 from taylor_patch.backends.near_far import plan as plans
 from taylor_patch.backends.near_far.aim import Settled
-from taylor_patch.backends.near_far.blocks import largest
+from taylor_patch.backends.near_far.blocks import ROUTING_SAMPLES, largest
 from taylor_patch.backends.near_far.kernel import attend_kernel
 from taylor_patch.backends.near_far.prepare import covariance_kernel, gather_kernel, pool_kernel
 from taylor_patch.backends.near_far.probing import choose_kernel, probe_kernel, sink_kernel, tail_kernel
@@ -132,7 +132,7 @@ def prepare(plan: plans.Plan, space: dict[str, Tensor], q: Tensor, k: Tensor, v:
         q, *q.stride(), k, *k.stride(), v, *v.stride(), mask, stride_mb, top, space["k"], space["v"], space["bias"], space["mean_k"],
         space["mean_v"], space["precise_k"], space["precise_v"], space["log_mass"], space["trace"], space["centre"], space["sample"],
         space["sample_share"], space["histogram"], first, plan.heads_kv, plan.group, keys.blocks, keys.image_blocks,
-        queries.image_blocks, plan.far_stride, *keys.geometry, *queries.geometry, plan.head_dim, plan.dim, plans.ROUTING_SAMPLES,
+        queries.image_blocks, plan.far_stride, *keys.geometry, *queries.geometry, plan.head_dim, plan.dim, ROUTING_SAMPLES,
         plans.BINS, key_mask is not None, plan.biased, num_warps=4 if wide else 2)
     columns = plan.column_tile
     covariance_kernel[(2 * plan.dim // columns, plan.splits, lanes)](
@@ -153,11 +153,11 @@ def score(plan: plans.Plan, space: dict[str, Tensor], lanes: int, scale: float) 
     n_queries, n_keys = plan.queries.image_blocks, plan.keys.image_blocks
     total_kernel[(triton.cdiv(n_queries, 16), heads)](
         space["sample"], space["sample_share"], space["mean_k"], space["log_mass"], space["log_total"], factor, n_keys, n_queries,
-        plan.far_stride, plan.group, plan.dim, 16, 64, plans.ROUTING_SAMPLES, "tf32", num_warps=4, num_stages=stages)
+        plan.far_stride, plan.group, plan.dim, 16, 64, ROUTING_SAMPLES, "tf32", num_warps=4, num_stages=stages)
     score_kernel[(triton.cdiv(n_queries, 64), triton.cdiv(n_keys, 64 * plan.score_steps), heads)](
         space["sample"], space["log_total"], space["mean_k"], space["log_mass"], space["far"], space["histogram"], factor,
-        n_keys, n_queries, plan.far_stride, plan.group, plan.dim, 64, 64, plan.score_steps, plans.BINS, "tf32", num_warps=4,
-        num_stages=stages)
+        n_keys, n_queries, plan.far_stride, plan.group, plan.dim, 64, 64, plan.score_steps, plans.BINS, ROUTING_SAMPLES, "tf32",
+        num_warps=4, num_stages=stages)
 
 
 @lru_cache(maxsize=16)

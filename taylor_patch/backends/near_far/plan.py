@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from taylor_patch.backends.near_far import aim
+from taylor_patch.backends.near_far.blocks import ROUTING_SAMPLES
 from taylor_patch.backends.tiles import BLOCK, grids, is_line, tile_shape
 from taylor_patch.call import AttentionCall, TokenGrid
 
@@ -20,8 +21,6 @@ COVARIANCE_PROGRAMS = 528
 """Programs of the covariance kernel that are aimed at: a few for each of the 132 multiprocessors of a large GPU."""
 COLUMN_TILE = 128
 """Most columns of a covariance that one program of the preparation makes."""
-ROUTING_SAMPLES = 4
-"""Means of a query block's quarters, which vote on its near blocks."""
 BINS = 1024
 """Bins of the histogram of predicted masses."""
 PROBE_PROGRAMS = 528

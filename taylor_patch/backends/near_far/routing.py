@@ -54,7 +54,7 @@ def _mass(q, log_total, mean, log_mass, factor, PRECISION: tl.constexpr):
 @triton.jit(do_not_specialize=SIZES)
 def score_kernel(sample_ptr, log_total_ptr, mean_k_ptr, log_mass_ptr, far_ptr, histogram_ptr, factor, n_keys, n_queries, far_stride, GROUP,
                  DIM: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, STEPS: tl.constexpr, BINS: tl.constexpr,
-                 PRECISION: tl.constexpr):
+                 SAMPLES: tl.constexpr, PRECISION: tl.constexpr):
     """log2 of the mean softmax mass over the four samples of a query block, over that of a flat softmax [heads, n_queries, far_stride].
 
     Counts one tile of scores in STEPS in the head's histogram, whose last entry is the number of scores counted.
@@ -65,7 +65,8 @@ def score_kernel(sample_ptr, log_total_ptr, mean_k_ptr, log_mass_ptr, far_ptr, h
     dim = tl.arange(0, DIM)
     query = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
     real = query < n_queries
-    row = lane * 4 * n_queries + query
+    tl.static_assert(SAMPLES == 4)
+    row = lane * SAMPLES * n_queries + query
     sample = sample_ptr + row[:, None] * DIM + dim[None, :]
     q0 = tl.load(sample, mask=real[:, None], other=0.0)
     q1 = tl.load(sample + n_queries * DIM, mask=real[:, None], other=0.0)
