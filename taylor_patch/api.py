@@ -16,6 +16,7 @@ from taylor_patch import startup
 from taylor_patch.backends.base import Backend, Fallback, as_reasons
 from taylor_patch.call import AttentionCall, TokenGrid, Unsupported, from_heads_first
 from taylor_patch.errors import BackendRefused, TaylorPatchError, said
+from taylor_patch.quality import QUALITIES
 from taylor_patch.router import Choice
 from taylor_patch.run import current_run
 
@@ -115,7 +116,7 @@ def _call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | N
     _check_whole_numbers("grid", grid, "(t, h, w)")
     _check_whole_numbers("text", text, "(start, stop)")
     if quality is not None and (isinstance(quality, bool) or not isinstance(quality, str | int | float)):
-        raise TaylorPatchError(f"quality is {quality!r}; it has to be one of {', '.join(configuration.QUALITIES)} or a number")
+        raise TaylorPatchError(f"quality is {quality!r}; it has to be one of {', '.join(QUALITIES)} or a number")
     try:
         of_keys = TokenGrid(*grid) if grid is not None and q.shape[2] != k.shape[2] == math.prod(grid) else None
         of_queries = None if grid is None or (of_keys is not None and text is None) else _placed_grid(q.shape[2], grid, text)

@@ -25,7 +25,6 @@ from taylor_patch.time_limit import within
 
 if TYPE_CHECKING:
     from taylor_patch.backends.base import Backend
-    from taylor_patch.call import AttentionCall
 
 log = logging.getLogger("taylor_patch")
 
@@ -363,7 +362,7 @@ def _refusing(declaration: LazyBackend, options: type | None, reason: str) -> ty
         priority = declaration.priority
         options_type = options or NoOptions
 
-        def reasons_against(self, call: AttentionCall) -> tuple[str, ...]:
+        def reasons_against(self, call: Any) -> tuple[str, ...]:
             return self.unavailable()
 
         def unavailable(self) -> tuple[str, ...]:

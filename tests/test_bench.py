@@ -79,10 +79,18 @@ class Failing(Backend):
         raise RuntimeError("kernel broke")
 
 
+class Short(Backend):
+    name = "short"
+
+    def run(self, call):
+        return call.q[:, :, 1:]
+
+
 def test_one_that_fails_or_refuses_is_a_note():
     call = measure.shaped_call(1, 16, TokenGrid(1, 8, 8), CPU, torch.float32, 0.05)
-    rows = {row.backend: row for row in measure.compare([Failing(), NearFar(), Sdpa()], call, 0, with_errors=False)}
+    rows = {row.backend: row for row in measure.compare([Failing(), Short(), NearFar(), Sdpa()], call, 0, with_errors=False)}
     assert rows["failing"].note == "RuntimeError: kernel broke" and rows["failing"].ratio is None
+    assert rows["short"].note.startswith("returned [1, 1, 63, 16]") and rows["short"].milliseconds is None
     assert "fewer tokens than min_tokens" in rows["near_far"].note
 
 

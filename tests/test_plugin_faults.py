@@ -305,9 +305,13 @@ def test_one_text_is_one_reason(method, installed):
 def test_a_backend_that_fails_at_the_end_of_a_run_does_not_keep_the_others_from_hearing(installed, comfy, caplog):
     heard = []
     last = type("Last", (Fast,), {"name": "last", "run_finished": lambda self: heard.append(self.name)})
-    installed(one=[type("Wrong", (Faulty,), {"run_finished": raising("inside"), "workspace_nbytes": lambda self, call: None}), last])
+    installed(one=[type("Wrong", (Faulty,), {"run_finished": raising("inside")}), last])
     engines.engine().router.by_priority  # noqa: B018
     assert attend(comfy).calls == {"faulty": 1} and heard == ["last"] and "faulty could not end the run (ValueError: inside)" in caplog.text
+
+
+def test_a_workspace_that_is_no_number_counts_as_none():
+    assert engines.stated_workspace(type("Wrong", (Faulty,), {"workspace_nbytes": lambda self, call: None})(), call()) == 0
 
 
 TABLE = "[taylor_patch]\nbackend = 'near_far'\n\n[backends.{}]\nsize = 2\n"

@@ -63,10 +63,16 @@ def test_the_findings_differ():
     assert len({how.finding for how in BREAKS.values()}) == len(BREAKS) == 6
 
 
-@pytest.mark.parametrize("name", ["Demo", "1st", "auto", "sdpa", "a.b", "taylor-patch-"])
+@pytest.mark.parametrize("name", ["Demo", "1st", "a.b", "taylor-patch-"])
 def test_names_that_cannot_be(name, tmp_path):
     result = new(name)
     assert result.exit_code == 1 and "cannot be a plugin's name" in result.output and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["auto", "sdpa", "near-far", "triton_full", "taylor-patch-taylor-torch"])
+def test_names_of_built_in_backends_are_taken(name, tmp_path):
+    result = new(name)
+    assert result.exit_code == 1 and f'"{name}" is a backend of taylor_patch itself' in result.output and not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_holds_something_is_left_alone(tmp_path):
