@@ -342,7 +342,7 @@ class Bounded:
 @pytest.mark.parametrize(("text", "problem"), [
     ("rows = 1", "rows: 1 is below 2"), ("share = 0", "share: 0.0 is outside 0 to 1 (0 excluded)"), ("share = 1.5", "share: 1.5 is outside"),
     ("share = nan", "share: nan is outside"), ("sigma = -1", "sigma: -1.0 is outside 0 to 3"), ("top = 8", "top: 8.0 is above 7"),
-    ("size = 17", 'size: 17 is not "auto" or 16 or 32'), ("size = true", 'size: True is not "auto" or 16'),
+    ("size = 17", 'size: 17 is not "auto" or 16 or 32'), ("size = true", 'size: true is not "auto" or 16'),
     ("plain = 2", "plain: odd is wanted"),
 ])
 def test_bounds_of_options(configure, text, problem):

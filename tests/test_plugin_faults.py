@@ -215,7 +215,7 @@ def test_what_building_options_raises_has_its_place(size, text, installed, confi
     path = configure(f"\n[backends.faulty]\nsize = {size}\n")
     engine = installed(one=[type("Optioned", (Faulty,), {"options_type": Moody})])
     assert engine.problem.startswith(f"{path}{text}")
-    assert attend(comfy).fallbacks == {"enabled = false": 1}
+    assert attend(comfy).fallbacks == {f"invalid configuration ({engine.problem.partition(': ')[0]})": 1}
     with pytest.raises(ConfigError):
         engine.load()
 
@@ -228,9 +228,9 @@ def test_the_engine_survives_whatever_the_configuration_raises(comfy, configure,
         patch.setattr(config, "merge", raises)
         engines.reset()
         assert engines.engine().problem == "the configuration cannot be made: RuntimeError: unforeseen"
-        assert attend(comfy).fallbacks == {"enabled = false": 1}
+        assert attend(comfy).fallbacks == {"invalid configuration (RuntimeError)": 1}
     out = taylor_patch.attention(*[torch.randn(1, 1, 128, 16)] * 3, backend="taylor_torch")
-    assert out.shape == (1, 1, 128, 16) and "Attention stays exact until this is corrected" in caplog.text
+    assert out.shape == (1, 1, 128, 16) and "exact until the configuration is corrected" in caplog.text
 
 
 def test_the_engine_survives_whatever_a_changed_file_raises(installed, comfy, configure, monkeypatch, caplog):
@@ -240,7 +240,7 @@ def test_the_engine_survives_whatever_a_changed_file_raises(installed, comfy, co
     monkeypatch.setattr(config, "merge", lambda *_: exit(3))
     path.write_text("# changed\n")
     assert attend(comfy).calls == {"fast": 1}
-    assert "the configuration cannot be made: SystemExit: 3. The last good configuration stays in force" in caplog.text
+    assert "the last good configuration stays in force: the configuration cannot be made: SystemExit: 3" in caplog.text
 
 
 def raising(text):
@@ -304,10 +304,10 @@ def test_one_text_is_one_reason(method, installed):
 
 def test_a_backend_that_fails_at_the_end_of_a_run_does_not_keep_the_others_from_hearing(installed, comfy, caplog):
     heard = []
-    last = type("Last", (Fast,), {"name": "last", "run_finished": lambda self: heard.append(self.name)})
-    installed(one=[type("Wrong", (Faulty,), {"run_finished": raising("inside")}), last])
+    last = type("Last", (Fast,), {"name": "last", "keep": lambda self, memo: heard.append(self.name)})
+    installed(one=[type("Wrong", (Faulty,), {"keep": raising("inside")}), last])
     engines.engine().router.by_priority  # noqa: B018
-    assert attend(comfy).calls == {"faulty": 1} and heard == ["last"] and "faulty could not end the run (ValueError: inside)" in caplog.text
+    assert attend(comfy).calls == {"faulty": 1} and heard == ["last"] and "faulty could not keep what the run has settled (ValueError: inside)" in caplog.text
 
 
 def test_a_workspace_that_is_no_number_counts_as_none():

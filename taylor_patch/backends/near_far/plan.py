@@ -112,9 +112,9 @@ class Plan:
         return self.queries == self.keys
 
     @cached_property
-    def between(self) -> bool:
-        """Whether a density between two of those that were tried may be taken (aim.choose)."""
-        return not is_line(self.keys.grid)
+    def between(self) -> int:
+        """How a density between two of those that were tried is found."""
+        return aim.how_between(is_line(self.keys.grid), self.keys.image_blocks)
 
     @cached_property
     def group(self) -> int:

@@ -209,7 +209,8 @@ def tail_kernel(q_ptr, stride_qb, stride_qh, stride_qn, stride_qd, mean_k_ptr, m
 @triton.jit
 def choose_kernel(sums_ptr, density_ptr, factor_ptr, setting_ptr, goal, DENSITIES: tl.constexpr, FACTORS: tl.constexpr,
                   LEAST: tl.constexpr, MOST: tl.constexpr, BETWEEN: tl.constexpr):
-    """aim.choose: setting [heads, 4] from sums [heads, DENSITIES, FACTORS, 4]. goal: the error to meet. Grid (heads,)."""
+    """aim.choose: setting [heads, 4] from sums [heads, DENSITIES, FACTORS, 4]. goal: the error to meet. BETWEEN: aim.NOT, CHORD or
+    POWER. Grid (heads,)."""
     lane = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, DENSITIES)
     f = tl.arange(0, FACTORS)
@@ -230,11 +231,13 @@ def choose_kernel(sums_ptr, density_ptr, factor_ptr, setting_ptr, goal, DENSITIE
     found = first < DENSITIES
     high = tl.load(density_ptr + tl.minimum(first, DENSITIES - 1))
     low = tl.load(density_ptr + tl.maximum(first - 1, 0))
-    part = tl.log2(previous / goal) / tl.log2(previous / tl.maximum(here, 1e-3 * goal))
-    inner = (first > 0) & BETWEEN
-    part = tl.where(inner & (previous < float("inf")), part, 1.0)
-    density = tl.exp2(tl.log2(low) + part * (tl.log2(high) - tl.log2(low)))
-    density = tl.where(first > 0, density, high)
+    inner = (first > 0) & (BETWEEN != 0)
+    if BETWEEN == 2:
+        part = tl.log2(previous / goal) / tl.log2(previous / tl.maximum(here, 1e-3 * goal))
+        middle = tl.exp2(tl.log2(low) + part * (tl.log2(high) - tl.log2(low)))
+    else:
+        middle = low + (previous - goal) / tl.maximum(previous - here, 1.1754943508222875e-38) * (high - low)
+    density = tl.where(inner & (previous < float("inf")), middle, high)
     out = setting_ptr + lane * 4
     tl.store(out, tl.where(found, density, 1.0))
     tl.store(out + 1, tl.where(found, tl.sum(tl.where(c == first, factor, 0.0), 0), 1.0))

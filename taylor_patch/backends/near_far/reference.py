@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from taylor_patch.backends.near_far.aim import Settled, settle_head
+from taylor_patch.backends.near_far.aim import Settled, how_between, settle_head
 from taylor_patch.backends.near_far.blocks import ROUTING_SAMPLES, Blocks, gather_blocks, largest, masses, near_blocks, tail_logits
 from taylor_patch.backends.tiles import BLOCK, grids, is_line, tile_index
 from taylor_patch.call import AttentionCall, TokenGrid
@@ -88,10 +88,11 @@ class Head:
         dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
         self.q, self.k, self.v = q.to(dtype), k.to(dtype), v.to(dtype)
         self.bias = torch.zeros_like(self.k[:, 0]) if bias is None else bias.to(dtype) - largest(bias)
-        self.own, self.between = key_grid is None, not is_line(key_grid or grid)
+        self.own = key_grid is None
         self.index, self.filled, self.outside = _places(self.q, grid)
         index, filled, outside = (self.index, self.filled, self.outside) if key_grid is None else _places(self.k, key_grid)
         self.blocks = gather_blocks(self.k, self.v, self.bias, index, filled)
+        self.between = how_between(is_line(key_grid or grid), self.blocks.k.shape[0])
         self.q_blocks = self.q[self.index]
         self.text = (self.k[outside], self.v[outside], self.bias[outside])
 
