@@ -67,10 +67,11 @@ class NearFarKernels(NearFar):
 
 ALL = {name for name in vars(Conformance) if name.startswith("test_")}
 # What runs is chosen for time: a call takes the interpreter about a second. triton_fused differs from triton_full only in that features come
-# in chunks. For near_far tests/test_near_far_triton.py has poisoned workspaces; the others of its five run where there is a GPU.
+# in chunks. Of the five that near_far leaves out, tests/test_near_far_triton.py poisons workspaces too; the other four run on a GPU alone.
 CHUNKS = {"test_plainest_call", "test_key_mask", "test_gqa", "test_every_output_is_written"}
 LEFT_TO_THE_GPU = {"test_compiles", "test_deterministic", "test_every_output_is_written", "test_hidden_keys_do_not_matter",
                    "test_result_is_its_own"}
 TestTritonFullInterpreted = interpreted(SmallTritonFull, P=3)
 TestTritonFusedInterpreted = interpreted(SmallTritonFused, ALL - CHUNKS, P=3, fused_feature_chunk_size=512)
-TestNearFarInterpreted = interpreted(NearFarKernels, LEFT_TO_THE_GPU, max_error=0.05, min_keys=1, density=0.5)
+# So dense that cross-attention, whose keys are noise, stays within a limit that a mask left out exceeds.
+TestNearFarInterpreted = interpreted(NearFarKernels, LEFT_TO_THE_GPU, max_error=0.05, min_keys=1, density=0.85)
