@@ -6,7 +6,10 @@ import copy
 import functools
 import importlib
 import sys
+import timeit
 import types
+import weakref
+from unittest import mock
 
 import pytest
 import torch
@@ -624,3 +627,121 @@ def test_cross_attention_knows_the_grid_of_the_side_that_is_the_image(comfy, con
     (out,) = comfy.sample(lambda o: comfy.attention.optimized_attention(q, k, v, HEADS, transformer_options=o))
     assert seen == [grids] and last().calls == {"near_far": 1}
     assert torch.allclose(out, comfy.original(q, k, v, HEADS), atol=1e-5)
+
+
+def test_pitfall_41_an_evaluation_in_training_is_exact(comfy, configure, monkeypatch):
+    """ComfyUI's own trainer says so; that wanted gradients are exact is test_gradients_are_exact."""
+    configure(SPARSE)
+    management = types.SimpleNamespace(in_training=True)
+    monkeypatch.setitem(sys.modules, "comfy.model_management", management)
+    q, k, v = qkv()
+
+    def body(o):
+        return comfy.attention.optimized_attention(q, k, v, HEADS, transformer_options=o)
+
+    (out,) = comfy.sample(body)
+    assert last().fallbacks == {"training": 1} and torch.equal(out, comfy.original(q, k, v, HEADS))
+    management.in_training = False
+    comfy.sample(body)
+    assert last().calls == {"near_far": 1}
+
+
+def test_pitfalls_33_and_45_model_management_stays_as_it_is(comfy, configure, monkeypatch):
+    """WaveSpeed puts a mock where load_models_gpu is, and ComfyUI's hook_breaker puts cast_to back after custom nodes: no function in
+    comfy.model_management is ours, whatever memory_reserve is, and none but free_memory is called."""
+    configure(SPARSE.replace("[backends", 'memory_reserve = "free_memory"\n[backends'))
+    functions = {name: mock.Mock(name=name) for name in ("cast_to", "load_models_gpu", "load_model_gpu", "unload_all_models", "free_memory",
+                                                         "soft_empty_cache", "get_free_memory")}
+    management = types.SimpleNamespace(in_training=False, **functions)
+    monkeypatch.setitem(sys.modules, "comfy.model_management", management)
+    taylor_patch.uninstall()
+    taylor_patch.install()
+    model = types.SimpleNamespace(diffusion_model=types.SimpleNamespace(num_heads=HEADS, hidden_size=HEADS * DIM, patch_size=2))
+    patcher = types.SimpleNamespace(model=model, load_device=torch.device("cpu"))
+    monkeypatch.setattr(comfy.samplers.CFGGuider, "model_patcher", patcher, raising=False)
+    q, k, v = qkv()
+    with mock.patch.object(management, "load_models_gpu") as waves:
+        comfy.sample(lambda o: comfy.attention.optimized_attention(q, k, v, HEADS, transformer_options=o))
+        assert management.load_models_gpu is waves and not waves.called
+    assert last().calls == {"near_far": 1}
+    assert all(getattr(management, name) is function for name, function in functions.items())
+    assert [name for name, function in functions.items() if function.called] == ["free_memory"]
+
+
+def test_pitfall_46_what_another_plugin_puts_in_place_for_a_while_is_let_be(comfy, configure):
+    """mock.patch in mid-run, across further evaluations and a run inside: its function answers, and afterwards ours is back."""
+    configure(SPARSE)
+    ours = comfy.attention.optimized_attention
+    q, k, v = qkv()
+    seen = []
+
+    def attend(o):
+        return comfy.attention.optimized_attention(q, k, v, HEADS, transformer_options=o)
+
+    def body(o):
+        with mock.patch.object(comfy.attention, "optimized_attention", return_value=q) as theirs:
+            seen.append(attend(o) is q)
+            seen.extend(out is q for out in comfy.sample(attend, sigmas=(2.0, 1.0, 0.0)))
+            seen.append(comfy.attention.optimized_attention is theirs)
+        return attend(o)
+
+    (out,) = comfy.sample(body)
+    assert seen == [True] * 4 and comfy.attention.optimized_attention is ours
+    assert last().calls == {"near_far": 1} and out is not q
+
+
+@pytest.mark.parametrize("settings", [{"backend": "near_far"}, {"backend": "near_far", "min_tokens": 1024}, {"enabled": False}],
+                         ids=["refused", "under min_tokens", "disabled"])
+def test_pitfall_28_what_is_not_ours_is_sent_on_in_microseconds(comfy, settings):
+    """The best of many calls, less the original's time: 20 microseconds are ten times what it takes on an idle machine."""
+    engines.use(engines.Engine({"taylor_patch": {**settings, "log": "off"}}, environ={}))
+    x = torch.zeros(1, 512, 512)
+    patched = attention_hook.replace(lambda q, k, v, heads, **kwargs: q)
+
+    def body(o):  # one head of 512 is more than near_far takes
+        spent = min(timeit.repeat(lambda: patched(x, x, x, 1, transformer_options=o), number=20, repeat=200)) / 20
+        return spent - min(timeit.repeat(lambda: patched.__wrapped__(x, x, x, 1, transformer_options=o), number=20, repeat=200)) / 20
+
+    (added,) = comfy.sample(body)
+    assert last().calls == {"exact": 4000}
+    assert 0 < added < 20e-6
+
+
+def test_nothing_of_a_call_stays_in_memory(comfy, configure):
+    """Not in the run and not after it: q, k, v and the results of all calls are gone once the model lets go of them."""
+    configure(SPARSE.replace("density = 0.1", ""))
+    alive, most = [], []
+
+    def body(o):
+        for block in range(4):
+            inputs = [0.1 * x for x in qkv()]
+            out = comfy.attention.optimized_attention(*inputs, HEADS, transformer_options={**o, "block_index": block})
+            alive.extend(weakref.ref(x) for x in (*inputs, out))
+            del inputs, out
+            most.append(sum(x() is not None for x in alive))
+
+    comfy.sample(body, sigmas=(4.0, 3.0, 2.0, 1.0, 0.0))
+    assert last().calls == {"near_far": 16} and len(alive) == 64
+    assert max(most) == 0 and not any(x() is not None for x in alive)
+
+
+def test_pitfall_21_block_keys_that_say_too_little(comfy, configure, monkeypatch):
+    """Absent, the same for self- and cross-attention, or stale in a call after the blocks: what a call is answered by, and what is settled
+    for it, never comes from another call of the same index."""
+    configure(SPARSE.replace("density = 0.1", "min_keys = 16"))
+    selfs, others, late = ([0.1 * x for x in made] for made in (qkv(), qkv(kv_tokens=40), qkv(TOKENS + 2 * TEXT)))
+
+    def body(o):
+        keys = {**o, "block_index": 1, "block_type": "double"}
+        calls = [(selfs, keys), (others, keys), (late, keys), (selfs, o), (others, o)]
+        return [comfy.attention.optimized_attention(*inputs, HEADS, transformer_options=options) for inputs, options in calls]
+
+    blocks = []
+    choose = engines.Engine.choose
+    monkeypatch.setattr(engines.Engine, "choose", lambda self, call, *rest: blocks.append(call.block) or choose(self, call, *rest))
+    first, second = comfy.sample(body, sigmas=(2.0, 1.9, 0.0))
+    assert blocks[:5] == [1, 1, 1, 3, 4] and last().calls == {"near_far": 10}
+    alone = [comfy.sample(lambda o, inputs=inputs: comfy.attention.optimized_attention(
+        *inputs, HEADS, transformer_options={**o, "block_index": 1}), sigmas=(2.0, 1.9, 0.0)) for inputs in (selfs, others, late)]
+    for index, outs in enumerate(alone):
+        assert torch.equal(first[index], outs[0]) and torch.equal(second[index], outs[1]), index
