@@ -70,16 +70,6 @@ def test_the_site_builds_without_warnings(tmp_path):
     assert (tmp_path / "writing-a-backend" / "index.html").is_file()
 
 
-def test_the_skeleton_of_the_guide(tmp_path):
-    """The commands of the guide that need no network, as they stand there."""
-    block = re.findall(r"```shell\n(.*?)```", text("writing-a-backend.md"), re.DOTALL)[0].splitlines()
-    assert block[1:4] == ["taylor-patch plugins new my-attention", "cd taylor-patch-my-attention", "python -m pytest"]
-    words = ["-m", "taylor_patch", *block[1].split()[1:]]
-    subprocess.run([sys.executable, *words], check=True, cwd=tmp_path, capture_output=True)
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-k", "loads"], cwd=tmp_path / block[2].split()[1], capture_output=True)
-    assert done.returncode == 0
-
-
 @pytest.mark.parametrize("key", [f.name for f in dataclasses.fields(config.Settings)])
 def test_settings_and_their_defaults(key):
     default = getattr(config.Settings(), key)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import subprocess
 import sys
 
@@ -11,24 +13,64 @@ from click.testing import CliRunner
 
 from taylor_patch.cli import main, skeleton
 from tests.broken_skeleton import BREAKS, write_broken
+from tests.conftest import ROOT
 
 
 def new(*words):
     return CliRunner().invoke(main, ["plugins", "new", *words])
 
 
-def test_a_new_plugin_passes_its_tests(tmp_path):
+def test_what_a_new_plugin_has(tmp_path):
     assert "python -m pytest" in new("demo-backend").output
     made = tmp_path / "taylor-patch-demo-backend"
     assert {path.relative_to(made).as_posix() for path in made.rglob("*") if path.is_file()} == {
         "README.md", "pyproject.toml", "tests/test_demo_backend.py", "taylor_patch_demo_backend/__init__.py",
         "taylor_patch_demo_backend/backend.py"}
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-W", "error", "-p", "no:cacheprovider"], cwd=made, capture_output=True,
-                          text=True)
-    assert done.returncode == 0 and "demo_backend: " in done.stdout, done.stdout + done.stderr
     rules = ["--line-length", "144", "--select", "E,F,I,B,UP,SIM"]
     lint = subprocess.run([sys.executable, "-m", "ruff", "check", *rules, made], capture_output=True, text=True)
     assert lint.returncode == 0, lint.stdout
+
+
+def blocks(page, kind):
+    return "".join(re.findall(rf"```{kind}\n(.*?)```", (ROOT / "docs" / page).read_text(encoding="utf-8"), re.DOTALL))
+
+
+def transcript():
+    """(command, lines of its output that are shown) of the record of a first plugin."""
+    parts = re.split(r"^\$ ", blocks("first-plugin.md", "console"), flags=re.MULTILINE)[1:]
+    return [(lines[0], [line for line in lines[1:] if line != "..."]) for lines in map(str.splitlines, parts)]
+
+
+def test_the_transcript_has_the_commands_of_the_guide_in_their_order():
+    commands = iter([command for command, _ in transcript()])
+    next(commands)
+    assert all(command in commands for command in blocks("writing-a-backend.md", "shell").splitlines()[1:])
+
+
+def test_the_transcript_is_what_the_commands_say(tmp_path):
+    """As they stand there; installing goes to a folder, and without the network."""
+    site, here = tmp_path / "site", tmp_path / "attention"
+    offline = f"--no-index --no-deps --no-build-isolation --upgrade --target {shlex.quote(str(site))}"
+    instead = {"python -m pip install --editable": f"python -m pip install {offline}",
+               "python -m pip install --force-reinstall --no-deps": f"python -m pip install {offline}",
+               "python -m build": "python -m build --no-isolation", "taylor-patch ": "python -m taylor_patch "}
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (site, ROOT))), "PYTEST_ADDOPTS": "-W error -p no:cacheprovider"}
+    here.mkdir()
+    for command, shown in transcript()[1:]:
+        if command.startswith("cd "):
+            here = here / command.removeprefix("cd ")
+            continue
+        for words, others in instead.items():
+            command = re.sub(rf"(?<!\S){re.escape(words)}", lambda _, others=others: others, command)
+        command = re.sub(r"(?<!\S)python(?= )", lambda _: shlex.quote(sys.executable), command)
+        done = subprocess.run(command, shell=True, cwd=here, env=environ, capture_output=True, text=True)
+        said = without_numbers(done.stdout + done.stderr)
+        assert all(without_numbers(line) in said for line in shown), f"{command}\n{done.stdout}{done.stderr}"
+        assert (done.returncode == 0) is not any("failed" in line or line.startswith("Error") for line in shown), command
+
+
+def without_numbers(text):
+    return re.sub(r"\d[\d.e+-]*", "#", text)
 
 
 @pytest.mark.parametrize("kind", BREAKS)

@@ -194,7 +194,7 @@ def new(name: str, folder: Path | None) -> None:
     from taylor_patch.cli.skeleton import write
 
     made = write(name, folder)
-    click.echo(f"Wrote {made}. Next: cd {made}; python -m pytest; pip install --editable .; taylor-patch backends")
+    click.echo(f"Wrote {made}. Next: cd {made}; python -m pytest; python -m pip install --editable .; taylor-patch plugins")
 
 
 @main.command()
