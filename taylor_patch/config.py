@@ -134,6 +134,11 @@ class Config:
         """Relative L2 error aimed at per attention call."""
         return quality_value(self.settings.quality)
 
+    def describe(self) -> str:
+        """The settings that matter most, for a line."""
+        s = self.settings
+        return f'backend = "{s.backend}", quality = {s.quality}, min_tokens = {s.min_tokens}'
+
 
 def quality_value(quality: str | float) -> float:
     """The relative L2 error that a quality name or number stands for. Raises ConfigError for one that is neither."""
@@ -142,15 +147,18 @@ def quality_value(quality: str | float) -> float:
     return QUALITIES[quality] if isinstance(quality, str) else float(quality)
 
 
-def files(environ: Mapping[str, str] = os.environ, comfyui_user: Path | None = None) -> list[Path]:
-    """Configuration files that exist, strongest first. Raises ConfigError when TAYLOR_PATCH_CONFIG names none."""
+def files(environ: Mapping[str, str] = os.environ, comfyui_user: Path | None = None, folder: Path | None = None) -> list[Path]:
+    """Configuration files that exist, strongest first. folder: instead of the one that this process runs in.
+
+    Raises ConfigError when TAYLOR_PATCH_CONFIG names none.
+    """
     if named := environ.get("TAYLOR_PATCH_CONFIG", "").strip():
         if not Path(named).is_file():
             raise ConfigError(f"TAYLOR_PATCH_CONFIG: {named} is not a file. Correct the variable or unset it.")
         return [Path(named)]
     import platformdirs
 
-    places = [Path.cwd(), comfyui_user, Path(platformdirs.user_config_dir("taylor_patch", appauthor=False))]
+    places = [folder or Path.cwd(), comfyui_user, Path(platformdirs.user_config_dir("taylor_patch", appauthor=False))]
     return [place / FILE_NAME for place in places if place is not None and (place / FILE_NAME).is_file()]
 
 
@@ -249,16 +257,16 @@ def load(option_types: Mapping[str, type], overrides: Mapping[str, Any] | None =
 
 
 def layers_of(overrides: Mapping[str, Any] | None = None, environ: Mapping[str, str] = os.environ,
-              comfyui_user: Path | None = None) -> list[Layer]:
+              comfyui_user: Path | None = None, folder: Path | None = None) -> list[Layer]:
     """All sources of settings, strongest first. Raises ConfigError for one that cannot be read."""
-    return [Layer("command line", overrides or {}), environment_layer(environ), *map(file_layer, files(environ, comfyui_user))]
+    return [Layer("command line", overrides or {}), environment_layer(environ), *map(file_layer, files(environ, comfyui_user, folder))]
 
 
 def allowed_plugins(overrides: Mapping[str, Any] | None = None, environ: Mapping[str, str] = os.environ,
-                    comfyui_user: Path | None = None) -> tuple[str, ...]:
+                    comfyui_user: Path | None = None, folder: Path | None = None) -> tuple[str, ...]:
     """plugins.allow of the strongest layer that has it; it has to be known before plugins, and so their options, are loaded."""
     try:
-        layers = layers_of(overrides, environ, comfyui_user)
+        layers = layers_of(overrides, environ, comfyui_user, folder)
     except ConfigError:
         return ("*",)  # reported when the configuration is loaded
     for layer in layers:

@@ -117,8 +117,7 @@ class Engine:
 
     def describe(self) -> str:
         """The settings in force, for a log line."""
-        s = self.config.settings
-        return f'backend = "{s.backend}", quality = {s.quality}, min_tokens = {s.min_tokens}' if s.enabled else f"off by {self.router.off}"
+        return self.config.describe() if self.config.settings.enabled else f"off by {self.router.off}"
 
     @contextmanager
     def run(self, schedule: list[float]) -> Iterator[SamplingRun]:

@@ -143,9 +143,11 @@ def errors_of_rows(out: Tensor, call: AttentionCall) -> tuple[float, float]:
     return float(found.quantile(0.5)), float(found.quantile(0.9))
 
 
-def compare(backends: list[Backend], call: AttentionCall, seconds: float, with_errors: bool = True) -> list[Row]:
-    """A row for exact attention and one for each backend, in one run on one device."""
+def compare(backends: list[Backend], call: AttentionCall, seconds: float, with_errors: bool = True,
+            progress: Callable[[str], None] = lambda name: None) -> list[Row]:
+    """A row for exact attention and one for each backend, in one run on one device. progress: told each name before its work."""
     device = call.q.device
+    progress("sdpa")
     exact = next((backend for backend in backends if backend.name == "sdpa"), Sdpa())
     reference = milliseconds(lambda: exact.run(call), device, seconds)
     calls = list(trained_calls(device, call.q.dtype, call.target_error)) if with_errors else []
@@ -157,6 +159,7 @@ def compare(backends: list[Backend], call: AttentionCall, seconds: float, with_e
         if reasons := backend.reasons_against(call):
             rows.append(Row(backend.name, note="; ".join(reasons)))
             continue
+        progress(backend.name)
         try:
             spent = milliseconds(lambda backend=backend: backend.run(call), device, seconds)  # type: ignore[misc]
             peak = _peak_mib(lambda backend=backend: backend.run(call), device)  # type: ignore[misc]
