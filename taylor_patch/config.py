@@ -136,6 +136,14 @@ class Config:
         """Relative L2 error aimed at per attention call."""
         return quality_value(self.settings.quality)
 
+    def describe(self) -> str:
+        """The settings that matter most, for a line, and those of `auto` or of the named backend that are not at their defaults."""
+        s, changed = self.settings, plain(self)["backends"]
+        options = [f"{name}.{key} = {value}"
+                   for name, values in changed.items() if s.backend in ("auto", name) for key, value in values.items()]
+        rules = [f"{len(self.rules)} rules"] if self.rules else []
+        return ", ".join([f'backend = "{s.backend}", quality = {s.quality}, min_tokens = {s.min_tokens}', *options, *rules])
+
 
 def quality_value(quality: str | float) -> float:
     """The relative L2 error that a quality name or number stands for. Raises ConfigError for one that is neither."""
@@ -144,15 +152,18 @@ def quality_value(quality: str | float) -> float:
     return QUALITIES[quality] if isinstance(quality, str) else float(quality)
 
 
-def files(environ: Mapping[str, str] = os.environ, comfyui_user: Path | None = None) -> list[Path]:
-    """Configuration files that exist, strongest first. Raises ConfigError when TAYLOR_PATCH_CONFIG names none."""
+def files(environ: Mapping[str, str] = os.environ, comfyui_user: Path | None = None, folder: Path | None = None) -> list[Path]:
+    """Configuration files that exist, strongest first. folder: instead of the one that this process runs in.
+
+    Raises ConfigError when TAYLOR_PATCH_CONFIG names none.
+    """
     if named := environ.get("TAYLOR_PATCH_CONFIG", "").strip():
         if not Path(named).is_file():
             raise ConfigError(f"TAYLOR_PATCH_CONFIG: {named} is not a file. Correct the variable or unset it.")
         return [Path(named)]
     import platformdirs
 
-    places = [Path.cwd(), comfyui_user, Path(platformdirs.user_config_dir("taylor_patch", appauthor=False))]
+    places = [folder or Path.cwd(), comfyui_user, Path(platformdirs.user_config_dir("taylor_patch", appauthor=False))]
     return [place / FILE_NAME for place in places if place is not None and (place / FILE_NAME).is_file()]
 
 
@@ -252,16 +263,16 @@ def load(option_types: Mapping[str, type], overrides: Mapping[str, Any] | None =
 
 
 def layers_of(overrides: Mapping[str, Any] | None = None, environ: Mapping[str, str] = os.environ,
-              comfyui_user: Path | None = None) -> list[Layer]:
+              comfyui_user: Path | None = None, folder: Path | None = None) -> list[Layer]:
     """All sources of settings, strongest first. Raises ConfigError for one that cannot be read."""
-    return [Layer("overrides", overrides or {}), environment_layer(environ), *map(file_layer, files(environ, comfyui_user))]
+    return [Layer("overrides", overrides or {}), environment_layer(environ), *map(file_layer, files(environ, comfyui_user, folder))]
 
 
 def allowed_plugins(overrides: Mapping[str, Any] | None = None, environ: Mapping[str, str] = os.environ,
-                    comfyui_user: Path | None = None) -> tuple[str, ...]:
+                    comfyui_user: Path | None = None, folder: Path | None = None) -> tuple[str, ...]:
     """plugins.allow of the strongest layer that has it; it has to be known before plugins, and so their options, are loaded."""
     try:
-        layers = layers_of(overrides, environ, comfyui_user)
+        layers = layers_of(overrides, environ, comfyui_user, folder)
     except ConfigError:
         return ("*",)  # reported when the configuration is loaded
     for layer in layers:
@@ -290,14 +301,14 @@ def merge(layers: Iterable[Layer], option_types: Mapping[str, type],
     return Config(settings, plugins, options, _rules(layers, option_types, why_absent), layers, ignored)
 
 
-def check(layers: Iterable[Layer], option_types: Mapping[str, type]) -> Config:
+def check(layers: Iterable[Layer], option_types: Mapping[str, type], why_absent: Callable[[str], str | None] = lambda name: None) -> Config:
     """merge, and besides every profile in force in turn, and rules that others replace. Raises ConfigError at the first mistake."""
     layers = tuple(layers)
-    found = merge(layers, option_types)
+    found = merge(layers, option_types, why_absent)
     for layer in layers:
-        merge([dataclasses.replace(layer, data={"rules": layer.data.get("rules", [])})], option_types)
+        merge([dataclasses.replace(layer, data={"rules": layer.data.get("rules", [])})], option_types, why_absent)
     for name in dict.fromkeys(name for layer in layers for name in layer.data.get("profiles", ())):
-        merge((Layer("command line", {"taylor_patch": {"profile": name}}), *layers), option_types)
+        merge((Layer("overrides", {"taylor_patch": {"profile": name}}), *layers), option_types, why_absent)
     return found
 
 

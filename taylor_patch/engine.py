@@ -122,15 +122,8 @@ class Engine:
                 log.info("taylor_patch: configuration reloaded: %s", self.describe())
 
     def describe(self) -> str:
-        """The settings in force, for a log line: those of `auto` or of the named backend that are not at their defaults too."""
-        s = self.config.settings
-        if not s.enabled:
-            return f"off by {self.router.off}"
-        changed = configuration.plain(self.config)["backends"]
-        options = [f"{name}.{key} = {value}"
-                   for name, values in changed.items() if s.backend in ("auto", name) for key, value in values.items()]
-        rules = [f"{len(self.config.rules)} rules"] if self.config.rules else []
-        return ", ".join([f'backend = "{s.backend}", quality = {s.quality}, min_tokens = {s.min_tokens}', *options, *rules])
+        """The settings in force, for a log line."""
+        return self.config.describe() if self.config.settings.enabled else f"off by {self.router.off}"
 
     @contextmanager
     def run(self, schedule: list[float]) -> Iterator[SamplingRun]:

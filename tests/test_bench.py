@@ -7,6 +7,7 @@ import time
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 import taylor_patch
 from taylor_patch import calibration
@@ -16,6 +17,7 @@ from taylor_patch.backends.near_far import NearFar, NearFarOptions
 from taylor_patch.backends.sdpa import Sdpa
 from taylor_patch.bench import measure, shapes
 from taylor_patch.call import TokenGrid
+from taylor_patch.cli import main
 from tests.test_cli import run
 
 CPU = torch.device("cpu")
@@ -41,6 +43,12 @@ def test_table():
     small = json.loads(run(*words, "--size", "128x128", "--json"))["rows"][1]
     assert small["note"] == "fewer tokens than min_tokens = 100" and small["ratio"] is None
     assert "no backend is faster" in run(*words, "--size", "128x128")
+
+
+def test_says_what_it_works_on():
+    words = ["bench", "--model", "sdxl", "--seconds", "0", "--device", "cpu", "--backend", "near_far", "--size", "256x256"]
+    result = CliRunner().invoke(main, words)
+    assert result.stderr == "timing sdpa at 256 tokens\ntiming near_far at 256 tokens\n"
 
 
 @pytest.mark.parametrize(("words", "message"), [

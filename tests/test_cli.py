@@ -8,9 +8,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from click.testing import CliRunner
 from PIL import Image
 
+from taylor_patch import engine as engines
 from taylor_patch.cli import main
 from tests.conftest import ROOT
 
@@ -88,6 +90,124 @@ def test_config_explain(configure, monkeypatch):
 
 def test_config_schema():
     assert json.loads(run("config", "schema"))["properties"]["taylor_patch"]
+
+
+@pytest.fixture
+def comfyui(tmp_path):
+    """A folder that looks like ComfyUI's, with a file in it and one in its user folder."""
+    folder = tmp_path / "ComfyUI"
+    (folder / "comfy").mkdir(parents=True)
+    (folder / "main.py").write_text("")
+    (folder / "user").mkdir()
+    (folder / "taylor_patch.toml").write_text("[taylor_patch]\nmin_tokens = 2000\n")
+    (folder / "user" / "taylor_patch.toml").write_text("[taylor_patch]\nmin_tokens = 3000\nquality = 0.07\n")
+    return folder
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["named", "inside"])
+def test_config_commands_read_what_comfyui_reads(configure, comfyui, monkeypatch, inside):
+    here = configure("[taylor_patch]\nmin_tokens = 1000\n")
+    assert "min_tokens = 1000\n" in run("config", "show")
+    if inside:
+        monkeypatch.chdir(comfyui)
+    words = [] if inside else ["--comfyui", str(comfyui)]
+    own, user = comfyui / "taylor_patch.toml", comfyui / "user" / "taylor_patch.toml"
+    shown = run("config", "show", *words)
+    assert f"# read: {own}\n# read: {user}\n" in shown and str(here) not in shown
+    assert "min_tokens = 2000\n" in shown and "quality = 0.07\n" in shown
+    explained = run("config", "explain", "min_tokens", *words)
+    assert f"read: {user}\n" in explained and f"{own}:2:1" in explained and f"{user}:2:1" in explained
+    assert f"read: {own}\n" in run("config", "check", *words)
+    user.write_text("[taylor_patch]\nqualty = 1\n")
+    assert f"{user}:2:1: taylor_patch.qualty" in run("config", "check", *words, status=1)
+    other = comfyui.parent / "other"
+    other.mkdir()
+    (other / "taylor_patch.toml").write_text("[taylor_patch]\nquality = 0.08\n")
+    assert "quality = 0.08\n" in run("config", "show", *words, "--user-directory", str(other))
+
+
+def test_a_folder_that_is_not_comfyui(tmp_path):
+    for words in (["config", "show"], ["doctor"]):
+        assert "has no main.py and comfy/" in run(*words, "--comfyui", str(tmp_path), status=1)
+
+
+def findings(*words, status=0):
+    return [(row["state"], row["text"]) for row in json.loads(run("doctor", "--json", *words, status=status))]
+
+
+def test_doctor_reads_comfyuis_files(configure, comfyui):
+    here = configure("[taylor_patch]\nquality = 7\n")
+    found = findings("--comfyui", str(comfyui))
+    assert ("ok", f"configuration: read: {comfyui / 'user' / 'taylor_patch.toml'}") in found
+    assert ("ok", 'configuration: backend = "auto", quality = 0.07, min_tokens = 2000') in found
+    assert not any(str(here) in text for _, text in found)
+
+
+def test_doctor_says_why_auto_is_exact_and_what_is_off_on_purpose(configure, monkeypatch):
+    from taylor_patch import calibration
+
+    def has(text):
+        return any(state == "note" and text in found for state, found in findings())
+
+    hint = "run `taylor-patch bench --calibrate`, or name near_far"
+    assert has(hint) and hint in run("backends", "--check")
+    monkeypatch.setenv("TAYLOR_PATCH", "near_far")
+    engines.reset()
+    assert not has(hint) and hint not in run("backends", "--check")
+    monkeypatch.delenv("TAYLOR_PATCH")
+    calibration.store(torch.device("cpu"), {"near_far": 8192})
+    engines.reset()
+    output = run("backends", "--check")
+    assert "can run here, auto from 8,192 tokens" in output and hint not in output and not has(hint)
+    calibration.store(torch.device("cpu"), {"near_far": None})
+    assert has("no backend was measured to be faster on cpu") and not has(hint)
+    path = configure("[taylor_patch]\nenabled = false\n")
+    assert has(f"off by enabled = false ({path}:2:1)")
+
+
+@pytest.mark.parametrize("runs", [True, False])
+def test_doctor_asks_a_new_interpreter_about_start_up_files(tmp_path, monkeypatch, runs):
+    """An interpreter whose start-up files run wherever they are (a package of the user's), and one that reads none."""
+    from taylor_patch.cli import checks
+
+    started = tmp_path / "started.py"
+    started.write_text("import sys, types\nsys.modules['taylor_patch'] = types.SimpleNamespace(_started=True)\nexec(sys.argv[2])\n")
+    script = tmp_path / "python"
+    words = f'{started} "$@"' if runs else '"$@"'
+    script.write_text(f"#!/bin/sh\nexec {sys.executable} -S {words}\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(checks.sys, "executable", str(script))
+    state, text = checks._startup_files()[1]
+    assert state == ("ok" if runs else "problem") and ("Install taylor-patch" in text) is not runs
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["demo", "--picture", "21"], "21 is not in the range"), (["demo", "--steps", "0"], "0 is not in the range"),
+    (["demo", "--size", "33"], "Take 32 or 34"), (["demo", "--device", "cuda"], "sees no CUDA GPU"),
+    (["bench", "--device", "cuda"], "sees no CUDA GPU"), (["config", "init", "no/where.toml"], "no/where.toml: No such file"),
+], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+def test_ordinary_mistakes_are_one_line(words, message, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    output = run(*words, status=2 if "range" in message or "Take" in message else 1)
+    assert message in output.splitlines()[-1] and "Traceback" not in output
+
+
+def test_demo_without_its_extra(monkeypatch):
+    import importlib.util
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "PIL" else find(name, *rest))
+    assert 'demo needs PIL, which is not installed: pip install "taylor-patch[demo]"' in run("demo", status=1)
+
+
+def test_watch_says_what_it_waits_for(monkeypatch):
+    from taylor_patch.report import watch
+
+    def interrupted(seconds):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(watch.time, "sleep", interrupted)
+    assert CliRunner().invoke(main, ["watch", "nothing.jsonl"]).stderr.startswith("waiting for nothing.jsonl\n")
 
 
 def test_doctor_says_what_stops_it(configure):

@@ -307,7 +307,8 @@ def test_a_backend_that_fails_at_the_end_of_a_run_does_not_keep_the_others_from_
     last = type("Last", (Fast,), {"name": "last", "keep": lambda self, memo: heard.append(self.name)})
     installed(one=[type("Wrong", (Faulty,), {"keep": raising("inside")}), last])
     engines.engine().router.by_priority  # noqa: B018
-    assert attend(comfy).calls == {"faulty": 1} and heard == ["last"] and "faulty could not keep what the run has settled (ValueError: inside)" in caplog.text
+    assert attend(comfy).calls == {"faulty": 1} and heard == ["last"]
+    assert "faulty could not keep what the run has settled (ValueError: inside)" in caplog.text
 
 
 def test_a_workspace_that_is_no_number_counts_as_none():

@@ -145,9 +145,11 @@ def errors_of_rows(out: Tensor, call: AttentionCall) -> tuple[float, float]:
     return float(found.quantile(0.5)), float(found.quantile(0.9))
 
 
-def compare(backends: list[Backend], call: AttentionCall, seconds: float, with_errors: bool = True) -> list[Row]:
-    """A row for exact attention and one for each backend, in one run on one device."""
+def compare(backends: list[Backend], call: AttentionCall, seconds: float, with_errors: bool = True,
+            progress: Callable[[str], None] = lambda name: None) -> list[Row]:
+    """A row for exact attention and one for each backend, in one run on one device. progress: told each name before its work."""
     device = call.q.device
+    progress("sdpa")
     exact = next((backend for backend in backends if backend.name == "sdpa"), Sdpa())
     reference = milliseconds(lambda: exact.run(call), device, seconds)
     calls = list(trained_calls(device, call.q.dtype, call.target_error)) if with_errors else []
@@ -156,6 +158,7 @@ def compare(backends: list[Backend], call: AttentionCall, seconds: float, with_e
     for backend in backends:
         if backend.name == "sdpa":
             continue
+        progress(backend.name)
         try:
             rows.append(_row(backend, call, reference, calls, seconds))
         except (Exception, SystemExit) as error:  # one backend that fails must not end the table

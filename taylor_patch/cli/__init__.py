@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from taylor_patch.cli import benchmark, reports
+from taylor_patch.cli import benchmark, place, reports
 
 if TYPE_CHECKING:
     from taylor_patch.plugins import Registry
@@ -30,7 +30,7 @@ class Group(click.Group):
             if isinstance(error, TaylorPatchError):
                 raise click.ClickException(str(error)) from error
             if isinstance(error, OSError) and error.filename:
-                raise click.ClickException(f"{error.filename}: {error.strerror}. Does its folder exist, and may it be written?") from error
+                raise click.ClickException(f"{error.filename}: {error.strerror}") from error
             raise
 
 
@@ -47,10 +47,17 @@ for command in (benchmark.bench, reports.report, reports.watch, reports.compare)
     main.add_command(command)
 
 
+def _even(context: click.Context, parameter: click.Parameter, value: int) -> int:
+    if value % 2:
+        raise click.BadParameter(f"{value} is odd; the model's patches are 2 x 2 pixels. Take {value - 1} or {value + 1}.")
+    return value
+
+
 @main.command()
-@click.option("--size", default=128, show_default=True, help="Side of the picture in pixels.")
-@click.option("--steps", default=16, show_default=True, help="Sampling steps.")
-@click.option("--picture", default=17, show_default=True, help="Which of the 21 trained pictures (0 to 20).")
+@click.option("--size", default=128, show_default=True, callback=_even, type=click.IntRange(min=16),
+              help="Side of the picture in pixels, an even number.")
+@click.option("--steps", default=16, show_default=True, type=click.IntRange(min=1), help="Sampling steps.")
+@click.option("--picture", default=17, show_default=True, type=click.IntRange(0, 20), help="Which of the 21 trained pictures (0 to 20).")
 @click.option("--seed", default=0, show_default=True, help="Seed of the starting noise.")
 @click.option("--out", default="taylor-demo", show_default=True, help="Folder for comparison.png and demo.json.")
 @click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]))
@@ -65,6 +72,10 @@ def demo(size: int, steps: int, picture: int, seed: int, out: str, device: str, 
     from rich.progress import Progress
     from rich.table import Table
 
+    from taylor_patch.cli import needs
+
+    needs.packages("demo", "demo", "safetensors", "PIL")
+    needs.device(device)
     from taylor_patch.demo.host import ROWS, run_demo
     from taylor_patch.run import counted
 
@@ -98,17 +109,16 @@ def demo(size: int, steps: int, picture: int, seed: int, out: str, device: str, 
 
 
 @main.command()
-@click.option("--comfyui", default=".", show_default="this folder", type=click.Path(exists=True, file_okay=False, path_type=Path),
-              help="ComfyUI's folder.")
+@place.options
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def doctor(comfyui: Path, as_json: bool) -> None:
+def doctor(comfyui: Path | None, user_directory: Path | None, as_json: bool) -> None:
     """Is it on here, and if not, why not? Exit status 1 where something stops it.
 
-    Run it with the interpreter that starts ComfyUI, in ComfyUI's folder.
+    Run it with the interpreter that starts ComfyUI, in ComfyUI's folder or with --comfyui.
     """
     from taylor_patch.cli.checks import checks
 
-    found = checks(comfyui)
+    found = checks(place.place(comfyui, user_directory))
     if as_json:
         click.echo(json.dumps([{"state": state, "text": text} for state, text in found], indent=2))
     else:
@@ -135,12 +145,11 @@ def run(command: tuple[str, ...]) -> None:
     start()
 
 
-def _registry() -> Registry:
-    """Plugins as ComfyUI would load them from here; torch is not imported unless one of them does it."""
-    from taylor_patch import config as configuration
+def _registry(where: place.Place | None = None) -> Registry:
+    """Plugins as ComfyUI would load them from there; torch is not imported unless one of them does it."""
     from taylor_patch import plugins as plugin_loader
 
-    return plugin_loader.load(configuration.allowed_plugins())
+    return plugin_loader.load((where or place.place(None, None)).allowed_plugins())
 
 
 @main.command()
@@ -160,8 +169,15 @@ def backends(check: bool, as_json: bool) -> None:
         return
     for row in rows:
         state = "; ".join(row["reasons_against"]) or ("can run here" if check else f"priority {row['priority']}")
+        if not row["reasons_against"] and row.get("auto_from_tokens"):
+            state += f", auto from {row['auto_from_tokens']:,} tokens"
         click.echo(f"{row['name']:14} {state}. {row['summary']}")
-    if not check:
+    if check:
+        from taylor_patch.cli.checks import without_crossover
+
+        if reason := without_crossover():
+            click.echo(f"With TAYLOR_PATCH=1 every call is exact: {reason}.")
+    else:
         click.echo("`taylor-patch backends --check` tells whether each can run here.")
 
 
@@ -243,39 +259,51 @@ def init(path: Path, force: bool) -> None:
 
 
 @config.command()
-def show() -> None:
-    """Print the configuration in force, as TOML."""
+@place.options
+def show(comfyui: Path | None, user_directory: Path | None) -> None:
+    """Print the configuration in force, as TOML, with the files that it comes from."""
     from taylor_patch import config as configuration
 
-    registry = _registry()
-    click.echo(configuration.as_toml(configuration.load(registry.option_types, why_absent=registry.why_absent)), nl=False)
+    where = place.place(comfyui, user_directory)
+    registry = _registry(where)
+    found = configuration.merge(where.layers(), registry.option_types, registry.why_absent)
+    click.echo("".join(f"# {line}\n" for line in where.described()) + configuration.as_toml(found), nl=False)
 
 
 @config.command()
 @click.argument("key")
+@place.options
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def explain(key: str, as_json: bool) -> None:
+def explain(key: str, comfyui: Path | None, user_directory: Path | None, as_json: bool) -> None:
     """Show every place that sets KEY, for example taylor_patch.backend, and which one wins."""
     from taylor_patch import config as configuration
 
-    registry = _registry()
-    rows = configuration.explain(configuration.load(registry.option_types, why_absent=registry.why_absent), key)
+    where = place.place(comfyui, user_directory)
+    registry = _registry(where)
+    rows = configuration.explain(configuration.merge(where.layers(), registry.option_types, registry.why_absent), key)
     if as_json:
-        click.echo(json.dumps([{"place": place, "value": value, "wins": wins} for place, value, wins in rows], indent=2))
+        click.echo(json.dumps([{"place": origin, "value": value, "wins": wins} for origin, value, wins in rows], indent=2))
         return
-    for place, value, wins in rows:
-        click.echo(f"{'wins' if wins else '    '} {value!r:20} {place}")
+    for line in where.described():
+        click.echo(line)
+    for origin, value, wins in rows:
+        click.echo(f"{'wins' if wins else '    '} {value!r:20} {origin}")
 
 
 @config.command()
 @click.argument("path", required=False, type=click.Path(path_type=Path))
-def check(path: Path | None) -> None:
-    """Check PATH, or the configuration in force; exit status 1 with file:line:column where it is wrong."""
+@place.options
+def check(path: Path | None, comfyui: Path | None, user_directory: Path | None) -> None:
+    """Check PATH, or the configuration in force, with all profiles; exit status 1 with file:line:column where it is wrong."""
     from taylor_patch import config as configuration
 
-    registry = _registry()
-    layers = configuration.layers_of() if path is None else [configuration.file_layer(path)]
-    for sentence in configuration.merge(layers, registry.option_types, registry.why_absent).ignored:
+    where = place.place(comfyui, user_directory)
+    registry = _registry(where)
+    layers = where.layers() if path is None else [configuration.file_layer(path)]
+    found = configuration.check(layers, registry.option_types, registry.why_absent)
+    for line in where.described() if path is None else [f"read: {path}"]:
+        click.echo(line)
+    for sentence in found.ignored:
         click.echo(f"note: {sentence}")
     click.echo("The configuration is valid.")
 

@@ -36,6 +36,10 @@ def bench(model: str, size: tuple[int, int] | None, frames: int | None, names: t
     """
     import torch
 
+    from taylor_patch.cli import needs
+
+    needs.packages("bench", "demo", "safetensors")
+    device = needs.device(device_name)
     from taylor_patch import calibration
     from taylor_patch import config as configuration
     from taylor_patch.bench import measure, shapes
@@ -43,7 +47,6 @@ def bench(model: str, size: tuple[int, int] | None, frames: int | None, names: t
     from taylor_patch.errors import TaylorPatchError
     from taylor_patch.router import CROSSOVER_HEADS
 
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device_name == "auto" else device_name)
     router = engine().router
     if unknown := [name for name in names if name not in router.backends]:
         raise TaylorPatchError(router.backends.unknown(unknown[0], sorted(router.backends)))
@@ -62,7 +65,8 @@ def bench(model: str, size: tuple[int, int] | None, frames: int | None, names: t
         click.echo(f'Kept in {file}; backend = "auto" uses it from the next start.', err=True)
         return
     grid = shapes.grid(family, size or family.default_size, frames or family.default_frames)
-    rows = measure.compare(backends, measure.shaped_call(family.heads, family.head_dim, grid, device, dtype, target), seconds)
+    rows = measure.compare(backends, measure.shaped_call(family.heads, family.head_dim, grid, device, dtype, target), seconds,
+                           progress=lambda name: click.echo(f"timing {name} at {grid.tokens + grid.start:,} tokens", err=True))
     if as_json:
         click.echo(json.dumps({"model": model, "tokens": grid.tokens + grid.start, "device": calibration.device_name(device),
                                "rows": [dataclasses.asdict(row) for row in rows]}, indent=2))

@@ -8,14 +8,15 @@ import sys
 
 
 def main() -> None:
-    """Run in ComfyUI's folder. The last line printed is {"at_start", "failure", "hooks", "patched", "others"}; others are sentences."""
+    """Run in ComfyUI's folder. The last line printed is {"failure", "hooks", "patched", "others"}; others are sentences."""
     sys.path.insert(0, "")
-    import taylor_patch
-    from taylor_patch import startup
-
-    at_start = taylor_patch._started
     from comfy.cli_args import args  # type: ignore[import-not-found]
 
+    from taylor_patch import startup
+
+    if startup.failure is not None:
+        print(json.dumps({"failure": startup.failure, "hooks": {}, "patched": [], "others": []}))
+        return
     args.cpu = True  # nothing here needs the GPU, which a running ComfyUI may be using
     from taylor_patch import api
 
@@ -27,7 +28,7 @@ def main() -> None:
     from taylor_patch.hooks.attention import patched
     from taylor_patch.hooks.chain import strangers
 
-    print(json.dumps({"at_start": at_start, "failure": startup.failure, "hooks": startup.fired, "patched": patched(), "others": strangers()}))
+    print(json.dumps({"failure": startup.failure, "hooks": startup.fired, "patched": patched(), "others": strangers()}))
 
 
 main()

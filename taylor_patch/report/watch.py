@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 
@@ -31,14 +32,16 @@ def table(run: Run, rows: int = 12) -> Table:
 
 def watch(path: Path, seconds: float, once: bool = False) -> None:
     """Show the newest run of `path` and look again every `seconds`, until interrupted; `once` shows it and returns."""
+    if not (once or path.exists()):
+        print(f"waiting for {path}", file=sys.stderr)
     with Live(refresh_per_second=4) as live:
         while True:
             try:
                 live.update(table(load(path)[-1]))
-            except TaylorPatchError as error:
+            except TaylorPatchError:
                 if once:
                     raise
-                live.update(f"waiting: {error}")
+                live.update(f"waiting for {path}: set log_file to it in [taylor_patch] and make a picture")
             if once:
                 return
             time.sleep(seconds)
