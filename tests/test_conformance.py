@@ -19,11 +19,12 @@ OURS = "taylor_patch.plugins:BuiltinBackends"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 TestSdpa = conformance(OURS, "sdpa", device=DEVICE)
-TestTaylorTorch = conformance(OURS, "taylor_torch", device=DEVICE, options={"min_tokens": 1, "P": 3})
+# Above 0.02: a Taylor series of three terms is not accurate for large logits, and says so.
+TestTaylorTorch = conformance(OURS, "taylor_torch", device=DEVICE, options={"min_tokens": 1, "P": 3}, max_error=0.03)
 TestNearFar = conformance(OURS, "near_far", device=DEVICE, options={"min_tokens": 1, "min_keys": 1}, max_error=0.1)
 # On a CPU: the declaration, and that the refusal says what is missing. The kernels are tested below.
-TestTritonFull = conformance(OURS, "triton_full", device=DEVICE, options={"min_tokens": 1, "P": 3})
-TestTritonFused = conformance(OURS, "triton_fused", device=DEVICE, options={"min_tokens": 1, "P": 3})
+TestTritonFull = conformance(OURS, "triton_full", device=DEVICE, options={"min_tokens": 1, "P": 3}, max_error=0.03)
+TestTritonFused = conformance(OURS, "triton_fused", device=DEVICE, options={"min_tokens": 1, "P": 3}, max_error=0.03)
 
 
 def interpreted(kind: type[taylor_patch.Backend], left_out: Collection[str] = (), max_error: float = 0.02, **options: object) -> type:
@@ -65,13 +66,14 @@ class NearFarKernels(NearFar):
         return plan.of_call(call).workspace_nbytes
 
 
-ALL = {name for name in vars(Conformance) if name.startswith("test_")}
+ALL = {name for name in dir(Conformance) if name.startswith("test_")}
 # What runs is chosen for time: a call takes the interpreter about a second. triton_fused differs from triton_full only in that features come
 # in chunks. Of the five that near_far leaves out, tests/test_near_far_triton.py poisons workspaces too; the other four run on a GPU alone.
 CHUNKS = {"test_plainest_call", "test_key_mask", "test_gqa", "test_every_output_is_written"}
 LEFT_TO_THE_GPU = {"test_compiles", "test_deterministic", "test_every_output_is_written", "test_hidden_keys_do_not_matter",
                    "test_result_is_its_own"}
-TestTritonFullInterpreted = interpreted(SmallTritonFull, P=3)
-TestTritonFusedInterpreted = interpreted(SmallTritonFused, ALL - CHUNKS, P=3, fused_feature_chunk_size=512)
-# So dense that cross-attention, whose keys are noise, stays within a limit that a mask left out exceeds.
-TestNearFarInterpreted = interpreted(NearFarKernels, LEFT_TO_THE_GPU, max_error=0.05, min_keys=1, density=0.85)
+TestTritonFullInterpreted = interpreted(SmallTritonFull, max_error=0.03, P=3)
+TestTritonFusedInterpreted = interpreted(SmallTritonFused, ALL - CHUNKS, max_error=0.03, P=3, fused_feature_chunk_size=512)
+# All blocks exact, so that cross-attention, whose keys are noise, stays within a limit that a mask left out exceeds; the far field is held
+# against its formula in tests/test_near_far_triton.py.
+TestNearFarInterpreted = interpreted(NearFarKernels, LEFT_TO_THE_GPU, max_error=0.05, min_keys=1, density=1.0)

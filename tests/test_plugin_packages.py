@@ -56,4 +56,4 @@ def test_a_skeleton_installs(python, tmp_path):
     found = subprocess.run([python, "-m", "taylor_patch", "plugins", "--json"], check=True, capture_output=True, text=True,
                            env={"PYTHONPATH": str(tmp_path / "elsewhere")}).stdout
     assert {"name": "demo_backend", "origin": "taylor_patch_demo_backend:Plugin", "backends": ["demo_backend"], "error": None,
-            "notes": []} in json.loads(found)
+            "disallowed": False, "notes": []} in json.loads(found)
