@@ -41,13 +41,13 @@ def adjacent(grid: TokenGrid, count: int) -> Tensor:
 def with_neighbours(near: Tensor, mass: Tensor, neighbours: Tensor) -> Tensor | None:
     """As many near blocks as in `near` [query blocks, key blocks]: the neighbours, each query block and its best block, then those with most
     mass. None where the former are more already."""
-    forced = neighbours | torch.eye(len(near), dtype=torch.bool)
+    forced = neighbours | torch.eye(len(near), dtype=torch.bool, device=near.device)
     forced.scatter_(1, mass.argmax(1, keepdim=True), True)
     total = int(near.sum())
     if int(forced.sum()) > total:
         return None
     chosen = mass.masked_fill(forced, torch.inf).flatten().topk(total).indices
-    return torch.zeros(near.numel(), dtype=torch.bool).index_fill_(0, chosen, True).view_as(near)
+    return torch.zeros(near.numel(), dtype=torch.bool, device=near.device).index_fill_(0, chosen, True).view_as(near)
 
 
 def errors(size: int) -> Iterator[tuple[int, float, int, float, float]]:
@@ -63,7 +63,7 @@ def errors(size: int) -> Iterator[tuple[int, float, int, float, float]]:
         for density in DENSITIES:
             routed = near_blocks(mass, density, head.blocks, head.own)
             for count in FORCED:
-                near = with_neighbours(routed, mass, adjacent(grid, count))
+                near = with_neighbours(routed, mass, adjacent(grid, count).to(routed.device))
                 if near is not None:
                     error = float((head.attend(near) - exact).norm() / exact.norm())
                     yield number, density, count, float(near.float().mean()), error
