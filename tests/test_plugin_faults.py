@@ -361,10 +361,11 @@ def test_a_pattern_that_allows_nothing_is_said(installed, configure, caplog):
 
 def test_doctor_takes_what_the_user_left_out_for_no_problem(installed, configure):
     from taylor_patch.cli.checks import _configuration
+    from taylor_patch.cli.place import place
 
     configure('[plugins]\nallow = ["two"]\n[backends.one]\nsize = 1\n')
     installed(one=[Fast], two=ImportError("no CUDA"))
-    states = {text: state for state, text in _configuration()}
+    states = {text: state for state, text in _configuration(place(None, None))}
     assert states['plugin one: not allowed by plugins.allow = ["two"]'] == "note"
     assert states["plugin two: ImportError: no CUDA"] == "problem"
     assert any(state == "note" and "backends.one is ignored" in text for text, state in states.items())
