@@ -6,6 +6,7 @@ import importlib
 import math
 import sys
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 from torch import Tensor
@@ -131,7 +132,7 @@ def _check_whole_numbers(name: str, values: object, form: str) -> None:
     if values is None:
         return
     right = isinstance(values, Sequence) and len(values) == form.count(",") + 1
-    if not right or any(not isinstance(value, int) or value < 0 for value in values):  # type: ignore[attr-defined]
+    if not right or any(not isinstance(value, Integral) or int(value) < 0 for value in values):  # type: ignore[attr-defined]
         raise TaylorPatchError(f"{name} is {values!r}; it has to be {form}, whole numbers from 0")
 
 
