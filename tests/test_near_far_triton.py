@@ -251,7 +251,7 @@ def test_any_two_grids(t, h, w, before, after, key_h, key_w, key_after, masked, 
 
 def test_pitfall_27_a_new_size_compiles_nothing_anew():
     """Kernels are told apart by their constants only, and of these by the arrangement of blocks, not by the size: image or video, blocks
-    full or not, and how far a program of the scores goes."""
+    full or not, few or many, and how far a program of the scores goes."""
     environ = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     script = Path(__file__).with_name("near_far_compilations.py")
     done = subprocess.run([sys.executable, script], env=environ, capture_output=True, text=True, timeout=300)
@@ -266,7 +266,8 @@ def test_pitfall_27_a_new_size_compiles_nothing_anew():
     assert {key[0]: found for key, found in specialised.items() if len(found) > 1} == {}
     varying = {name for (name, _), values in constants.items() if len(values) > 1}
     tiles = {f"{side}TILE_{axis}" for side in ("", "QUERY_") for axis in "THW"}
-    assert varying == {"AIMED", "EXACT", "BIASED", "STEPS", *tiles}
+    assert varying == {"AIMED", "BETWEEN", "BIASED", "EXACT", "STEPS", *tiles}
+    assert len(constants["BETWEEN", "choose_kernel"]) == 2
     assert {int(re.search(r"\d+", value)[0]) for value in constants["STEPS", "score_kernel"]} <= {1, 2, 4, 8}
 
 
