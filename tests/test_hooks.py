@@ -690,6 +690,24 @@ def test_pitfall_46_what_another_plugin_puts_in_place_for_a_while_is_let_be(comf
     assert last().calls == {"near_far": 1} and out is not q
 
 
+@pytest.mark.parametrize("backend", ["near_far", "taylor_torch"])
+@pytest.mark.parametrize("kind", ["logits", "values", "keys"])
+def test_pitfall_17_float16_at_its_limits_never_reaches_the_picture(comfy, configure, backend, kind):
+    """q, k and v are finite, their products, sums and differences beyond 65,504: the result is finite, by whomever."""
+    configure(f'[taylor_patch]\nbackend = "{backend}"\nquality_limit = 0\n[backends.taylor_torch]\nP = 3\n')
+    q, k, v = qkv()
+    if kind == "logits":
+        q, k = q * 200, k * 200
+    elif kind == "values":
+        v = v.sign() * 60_000
+    else:
+        q, k = q * 1e-5, k.sign() * 60_000
+    q, k, v = (x.half() for x in (q, k, v))
+    outs = comfy.sample(lambda o: comfy.attention.optimized_attention(q, k, v, HEADS, transformer_options=o), sigmas=(2.0, 1.0, 0.0))
+    assert all(out.dtype == torch.float16 and bool(out.isfinite().all()) for out in outs)
+    assert backend in " ".join((*last().calls, *last().fallbacks))
+
+
 @pytest.mark.parametrize("settings", [{"backend": "near_far"}, {"backend": "near_far", "min_tokens": 1024}, {"enabled": False}],
                          ids=["refused", "under min_tokens", "disabled"])
 def test_pitfall_28_what_is_not_ours_is_sent_on_in_microseconds(comfy, settings):

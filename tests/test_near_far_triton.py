@@ -266,8 +266,34 @@ def test_pitfall_27_a_new_size_compiles_nothing_anew():
     assert {key[0]: found for key, found in specialised.items() if len(found) > 1} == {}
     varying = {name for (name, _), values in constants.items() if len(values) > 1}
     tiles = {f"{side}TILE_{axis}" for side in ("", "QUERY_") for axis in "THW"}
-    assert varying == {"AIMED", "BETWEEN", "EXACT", "BIASED", "STEPS", *tiles}
+    assert varying == {"AIMED", "BETWEEN", "BIASED", "EXACT", "STEPS", *tiles}
+    assert len(constants["BETWEEN", "choose_kernel"]) == 2
     assert {int(re.search(r"\d+", value)[0]) for value in constants["STEPS", "score_kernel"]} <= {1, 2, 4, 8}
+
+
+def at_the_limits_of_float16(kind):
+    """Finite q, k and v of which sums, products or differences are beyond 65,504."""
+    call = make_call(1, 2, 1, 3, (1, 16, 16), 0, 64, torch.float16, False)
+    if kind == "logits":
+        call.q.mul_(100), call.k.mul_(100)
+    elif kind == "values":
+        call.v.copy_(call.v.sign() * 60_000)
+    else:
+        call.q.mul_(1e-5), call.k.copy_(call.k.sign() * 60_000)
+    return call
+
+
+@pytest.mark.parametrize("kind", ["logits", "values"])
+@pytest.mark.parametrize("attend", [op.attend, reference.attend], ids=["kernels", "plain"])
+def test_pitfall_17_sums_and_products_beyond_float16(kind, attend):
+    call = at_the_limits_of_float16(kind)
+    assert error(attend(call, 1.0), exact(call, torch.float64)) < 1e-3
+
+
+def test_pitfall_17_differences_beyond_float16_are_reported():
+    """Kernels keep k less its mean in the dtype of k: what overflows there is not finite, and is said to be so."""
+    out = op.attend(at_the_limits_of_float16("keys apart"), 1.0)
+    assert not bool(out.isfinite().all()) and bool(not_finite(out))
 
 
 HOSTILE = ("identical keys", "huge keys", "one-hot values", "a sink", "far from the origin")

@@ -167,6 +167,38 @@ def post(server, path, content=None):
         reply.read()
 
 
+def tiled():
+    made = workflow("flux", steps=STEPS, size=2)
+    made["2"]["class_type"] = "TinyTiledSampler"
+    return made
+
+
+def nested(result):
+    """The outer run's latent (0) or that of the run inside it (1)."""
+    made = workflow("flux", steps=STEPS)
+    made["7"] = {"class_type": "TinyRandomModel", "inputs": {"family": "wan"}}
+    inner = {"inner_model": ["7", 0], "inner_positive": ["7", 1], "inner_negative": ["7", 2], "inner_latent": ["7", 3]}
+    made["2"] = {"class_type": "TinyNestedSampler", "inputs": {**made["2"]["inputs"], **inner}}
+    made["5"]["inputs"]["latent"] = ["2", result]
+    return made
+
+
+def test_runs_for_tiles_and_a_run_inside_another(servers, patched_python, version, versions, record_property):
+    """Tiles of other shapes within one prompt, and another model's run in a callback: each is counted and repeats, and the run inside and
+    the one around it are what they are alone."""
+    tell(record_property, version, versions, "tiled sampler, run inside a run")
+    with servers(patched_python, ON, name="tiles") as server:
+        alone = {family: latent(server, workflow(family, steps=STEPS)) for family in ("flux", "wan")}
+        before = len(our_lines(server))
+        first, second = latent(server, tiled()), latent(server, tiled())
+        inner, outer = latent(server, nested(1)), latent(server, nested(0))
+        lines = [line for line in our_lines(server)[before:] if "model evaluations" in line]
+    assert first.shape[-1] == 2 * alone["flux"].shape[-1] and bool(first.isfinite().all()) and float(first.std()) > 0.01
+    assert torch.equal(first, second)
+    assert torch.equal(outer, alone["flux"]) and torch.equal(inner, alone["wan"])
+    assert [counts(line) for line in lines] == [(2, 6, {})] * 4 + [(2, 4, {CROSS: 4}), (2, 6, {})] * 2, lines
+
+
 def test_runs_after_one_another(servers, patched_python, on, version, versions, record_property):
     """An interrupt in mid-run, a model switch, another size, and two prompts in the queue: every run is as if it were alone."""
     tell(record_property, version, versions, "interrupt, model switch, other size, two prompts queued")

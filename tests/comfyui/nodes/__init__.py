@@ -5,6 +5,7 @@ import zlib
 
 import comfy.model_management
 import comfy.model_patcher
+import comfy.sample
 import torch
 from comfy import controlnet
 from comfy.cldm.cldm import ControlNet
@@ -115,6 +116,61 @@ class TinyControlNet:
         return ([[text, {**extra, "control": control, "control_apply_to_uncond": True}]],)
 
 
+SAMPLING = {"model": ("MODEL",), "positive": ("CONDITIONING",), "negative": ("CONDITIONING",), "latent_image": ("LATENT",),
+            "seed": ("INT", {}), "steps": ("INT", {}), "cfg": ("FLOAT", {}), "sampler_name": ("STRING", {}), "scheduler": ("STRING", {}),
+            "denoise": ("FLOAT", {})}
+
+
+def sampled(samples, model, positive, negative, seed, steps, cfg, sampler_name, scheduler, denoise, callback=None):
+    """`samples` after a sampling run of its own."""
+    noise = comfy.sample.prepare_noise(samples, seed)
+    return comfy.sample.sample(model, noise, steps, cfg, sampler_name, scheduler, positive, negative, samples, denoise=denoise, seed=seed,
+                               callback=callback, disable_pbar=True)
+
+
+class TinyTiledSampler:
+    """KSampler on tiles, as node packs for large pictures have it: a run for each, of other shapes, joined where they overlap."""
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": SAMPLING}
+
+    RETURN_TYPES = ("LATENT",)
+    FUNCTION = "sample"
+    CATEGORY = "_for_testing"
+
+    def sample(self, latent_image, **settings):
+        samples = latent_image["samples"]
+        width, out = samples.shape[-1], torch.zeros_like(samples)
+        for first, last in ((0, width // 2), (width // 3 // 2 * 2, width)):
+            out[..., first:last] = sampled(samples[..., first:last].contiguous(), **settings)
+        return ({"samples": out},)
+
+
+class TinyNestedSampler:
+    """KSampler with a run of another model in the callback of its first step; both results."""
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        inner = {"inner_model": ("MODEL",), "inner_positive": ("CONDITIONING",), "inner_negative": ("CONDITIONING",),
+                 "inner_latent": ("LATENT",)}
+        return {"required": {**SAMPLING, **inner}}
+
+    RETURN_TYPES = ("LATENT", "LATENT")
+    FUNCTION = "sample"
+    CATEGORY = "_for_testing"
+
+    def sample(self, latent_image, inner_model, inner_positive, inner_negative, inner_latent, **settings):
+        found = []
+
+        def callback(step, *rest):
+            if step == 0:
+                inner = {**settings, "model": inner_model, "positive": inner_positive, "negative": inner_negative}
+                found.append(sampled(inner_latent["samples"], **inner))
+
+        return {"samples": sampled(latent_image["samples"], **settings, callback=callback)}, {"samples": found[0]}
+
+
 class TinyPicture:
     """The first of latents that go together, for SaveLatent."""
 
@@ -131,4 +187,5 @@ class TinyPicture:
         return ({"samples": samples.unbind()[0] if getattr(samples, "is_nested", False) else samples},)
 
 
-NODE_CLASS_MAPPINGS = {kind.__name__: kind for kind in (TinyRandomModel, TinyConditioningMask, TinyReference, TinyControlNet, TinyPicture)}
+NODE_CLASS_MAPPINGS = {kind.__name__: kind for kind in (
+    TinyRandomModel, TinyConditioningMask, TinyReference, TinyControlNet, TinyTiledSampler, TinyNestedSampler, TinyPicture)}
