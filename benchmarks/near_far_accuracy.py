@@ -3,7 +3,8 @@
 heads: relative L2 error against float64 exact attention, over all layers and heads of the demo's model at steps 2, 8, 14 and 20
 of 24 (picture 17, 256 px, 16,400 tokens); with a target instead of a density also the densities that the probe settled on.
 hostile: error-aimed attention of inputs made to mislead it (target 0.05). kernel: error of the kernels against their own formula in
-float64 with the same near blocks, beside the error of SDPA in the same dtype. pictures: PSNR against exact attention in every step, 24
+float64 with the same near blocks, beside the error of SDPA in the same dtype. sharp: error of the formula with logits many times as
+large, and where its expansion goes on as a straight line (blocks.tilt). pictures: PSNR against exact attention in every step, 24
 steps, and the time that near_far and SDPA took for the same calls (2 heads of 16,400 tokens, far fewer than a GPU needs to be filled).
 One JSON line per measurement is appended to FILE.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ from torch import Tensor
 from benchmarks import record
 from benchmarks.attention import relative
 from benchmarks.trained import Attend, captured, psnr, sample
-from taylor_patch.backends.near_far import NearFar, NearFarOptions, op, plan, reference
+from taylor_patch.backends.near_far import NearFar, NearFarOptions, blocks, op, plan, reference
 from taylor_patch.call import AttentionCall, TokenGrid
 from taylor_patch.quality import QUALITIES
 
@@ -149,6 +151,22 @@ def hostile() -> Iterator[dict[str, Any]]:
                "always_exact_blocks": settled.always.sum(1).tolist(), "mean_largest_share": round(float(top), 4)}
 
 
+def sharp() -> Iterator[dict[str, Any]]:
+    """Errors of the plain version with sharper logits, for places from which the expansion goes on as a straight line."""
+    calls = captured(17, SIZE, STEPS, AT)[::5]
+    usual = blocks.TILT_LIMIT
+    for times in (1, 3, 10):
+        inputs = [(times * q, k, v) for q, k, v in calls]
+        exact = [exact64(*call) for call in inputs]
+        for limit in (1e9, math.sqrt(2 * math.log(64)), 2.0, 1.5):
+            blocks.TILT_LIMIT = limit
+            errors = [error for call, ref in zip(inputs, exact, strict=True)
+                      for error in relative(reference.attend(call_of(*(x.float() for x in call)), 0.1), ref).tolist()]
+            yield {"what": "sharp", "provider": "near_far, plain", "density": 0.1, "logits_times": times,
+                   "limit": None if limit == 1e9 else round(limit, 2), **quantiles(errors)}
+    blocks.TILT_LIMIT = usual
+
+
 def pictures() -> Iterator[dict[str, Any]]:
     """PSNR of pictures, and the time that near_far and SDPA took for the same calls (2 heads, 16,400 tokens)."""
     exact = {picture: sample(picture, SIZE, STEPS, lambda step: F.scaled_dot_product_attention) for picture in PICTURES}
@@ -188,7 +206,7 @@ def timed(marks: list[tuple[str, torch.cuda.Event, torch.cuda.Event]], name: str
     return out
 
 
-PARTS = {"heads": heads, "aimed": aimed, "hostile": hostile, "pictures": pictures}
+PARTS = {"heads": heads, "aimed": aimed, "hostile": hostile, "sharp": sharp, "pictures": pictures}
 
 
 def main() -> None:

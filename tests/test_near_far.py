@@ -38,8 +38,10 @@ def dense(q, k, v, grid, near, key_grid=None):
         weight = (q[i] @ k.T).exp() * seen
         numerator, mass = weight @ v, weight.sum()
         if own >= 0:
-            far = (counts * (mean_k @ q[i] + 0.5 * spread * (q[i] @ cov[0] @ q[i])).exp()) * ~near[own]
-            numerator = numerator + far @ (mean_v + q[i] @ cov[1])
+            deviation = math.sqrt(q[i] @ cov[0] @ q[i])
+            excess = deviation**2 / 2 if deviation < 2 else 2 * deviation - 2
+            far = (counts * (mean_k @ q[i] + spread * excess).exp()) * ~near[own]
+            numerator = numerator + far @ (mean_v + min(1.0, 2 / deviation) * (q[i] @ cov[1]))
             mass = mass + far.sum()
         out[i] = numerator / mass
     return out
@@ -48,13 +50,14 @@ def dense(q, k, v, grid, near, key_grid=None):
 GRIDS = {"image": TokenGrid(1, 16, 16, 5), "ragged": TokenGrid(1, 13, 9), "video": TokenGrid(5, 6, 7, 3), "frames": TokenGrid(3, 5, 7)}
 
 
+@pytest.mark.parametrize("sharpness", [1, 4])
 @pytest.mark.parametrize("head_dim", [40, 128])
 @pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS.keys())
-def test_equals_the_dense_oracle(grid, head_dim):
+def test_equals_the_dense_oracle(grid, head_dim, sharpness):
     gen = torch.Generator().manual_seed(1)
     tokens = grid.start + grid.tokens + 4
     q, k, v = (torch.randn(tokens, head_dim, generator=gen, dtype=torch.float64) for _ in range(3))
-    q = q / math.sqrt(head_dim)
+    q = sharpness * q / math.sqrt(head_dim)
     head = reference.Head(q, k, v, grid)
     near = reference.route(head, 0.3)
     assert not near.all()

@@ -296,6 +296,16 @@ def test_pitfall_17_differences_beyond_float16_are_reported():
     assert not bool(out.isfinite().all()) and bool(not_finite(out))
 
 
+@pytest.mark.parametrize("attend", [op.attend, reference.attend], ids=["kernels", "plain"])
+def test_a_given_density_stays_within_reach_of_the_values_at_any_sharpness(attend):
+    """Nothing checks a given density against an error: where the expansion does not hold, it must not run away."""
+    call = make_call(1, 2, 2, 3, (1, 24, 24), 0, 64, torch.float32, False)
+    plain = float(call.v.norm(dim=-1).max())
+    for times in (1, 10, 1000):
+        sharp = dataclasses.replace(call, q=call.q * times)
+        assert float(attend(sharp, 0.1).norm(dim=-1).max()) < 2 * plain
+
+
 HOSTILE = ("identical keys", "huge keys", "one-hot values", "a sink", "far from the origin")
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from taylor_patch.backends.near_far.blocks import Blocks, masses, near_blocks, tail_logits
+from taylor_patch.backends.near_far.blocks import Blocks, masses, near_blocks, tail_logits, tilt
 from taylor_patch.backends.tiles import BLOCK
 
 DENSITIES = (0.04, 0.1, 0.22, 0.5)
@@ -96,7 +96,7 @@ def _sums(rows: Tensor, exact: Tensor, near: Tensor, factor: float, logits: Tens
     hidden = ~near.repeat_interleave(BLOCK, 1)
     near_logits = torch.cat([logits[:, : hidden.shape[1]].masked_fill(hidden, -torch.inf), logits[:, hidden.shape[1] :]], 1)
     near_share, far_share = torch.softmax(torch.cat([near_logits, far], 1), 1).split([logits.shape[1], far.shape[1]], 1)
-    linear = far_share.sum(1, keepdim=True) * (rows @ blocks.cov_kv)
+    linear = tilt(rows, blocks)[1] * far_share.sum(1, keepdim=True) * (rows @ blocks.cov_kv)
     missing = exact - near_share @ values - far_share @ blocks.mean_v
     return torch.stack([missing.square().sum(1), (missing * linear).sum(1), linear.square().sum(1), exact.square().sum(1)], 1)
 

@@ -5,10 +5,21 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from taylor_patch.backends.near_far.blocks import TILT_LIMIT
 from taylor_patch.backends.near_far.layout import SIZES, block_tokens
 
 CUMULANT = tl.constexpr(2)
 ZEROTH = tl.constexpr(1)
+LIMIT = tl.constexpr(TILT_LIMIT)
+
+
+@triton.jit
+def tilt(variance):
+    """blocks.tilt of variances q' S_w q [rows] -> (log mean exp in units of log2, what the linear term counts), float32."""
+    variance = tl.maximum(variance, 0.0)
+    deviation = tl.sqrt(variance)
+    straight = (deviation - 0.5 * LIMIT) * LIMIT
+    return tl.where(deviation < LIMIT, 0.5 * variance, straight) * 1.4426950408889634, 1.0 / tl.maximum(deviation / LIMIT, 1.0)
 
 
 @triton.jit
@@ -25,15 +36,15 @@ def _rows(x, base, first, n, DIM: tl.constexpr, ROWS: tl.constexpr, TMA: tl.cons
 
 @triton.jit(do_not_specialize=SIZES)
 def attend_kernel(q_ptr, stride_qb, stride_qh, stride_qn, stride_qd, out_ptr, stride_ob, stride_oh, stride_on, stride_od,
-                  k, v, bias_ptr, mean_k, mean_v, trace_ptr, centre_ptr, covariance, column_scale_ptr, far_ptr, list_ptr, count_ptr, order_ptr,
-                  setting_ptr, not_finite_ptr, scale, first_head, n_heads, GROUP, n_blocks, n_image_blocks, n_query_blocks,
-                  n_query_image_blocks, far_stride, GRID_T, GRID_H, GRID_W, START, OUTSIDE,
+                  k, v, bias_ptr, mean_k, mean_v, trace_ptr, mean_trace_ptr, centre_ptr, covariance, column_scale_ptr, far_ptr, list_ptr,
+                  count_ptr, order_ptr, setting_ptr, not_finite_ptr, scale, first_head, n_heads, GROUP, n_blocks, n_image_blocks,
+                  n_query_blocks, n_query_image_blocks, far_stride, GRID_T, GRID_H, GRID_W, START, OUTSIDE,
                   TILE_T: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, FAR: tl.constexpr,
                   BIASED: tl.constexpr, TAIL: tl.constexpr, AIMED: tl.constexpr, TMA: tl.constexpr, STAGES: tl.constexpr,
                   FAR_STAGES: tl.constexpr, PRECISION: tl.constexpr):
     """softmax(scale q k' + bias) v, with the keys of far block b replaced by
 
-        weight n_b exp(scale q.k_b + 1/2 t_b scale^2 q' S_w q)  and  value v_b + scale C_w' q.
+        weight n_b exp(scale q.k_b + 1/2 t_b scale^2 q' S_w q)  and  value v_b + scale C_w' q    (limited as blocks.tilt says).
 
     k, v [lanes * blocks * 64, DIM], mean_k, mean_v [lanes * image blocks, DIM], covariance [lanes * 2 DIM, DIM]: pointers or descriptors.
     far [heads, image blocks of the queries, far_stride]: log2 of n_b, or -inf where a block is exact or does not exist; list [heads, query
@@ -61,11 +72,12 @@ def attend_kernel(q_ptr, stride_qb, stride_qh, stride_qn, stride_qd, out_ptr, st
     mass = tl.zeros((64,), tl.float32)
     total = tl.zeros((64, DIM), tl.float32)
     if TAIL >= ZEROTH:
-        spread = tl.zeros((64,), tl.float32)
+        spread, counts = tl.zeros((64,), tl.float32), tl.zeros((64,), tl.float32)
         if TAIL == CUMULANT:
             qs = tl.dot(q, _rows(covariance, kv_lane * (2 * DIM), 0, DIM, DIM, DIM, TMA, True), input_precision=PRECISION)
             qs *= tl.load(column_scale_ptr + kv_lane * (2 * DIM) + dim)[None, :]
-            spread = tl.sum(qs * q.to(tl.float32), 1) * (0.5 * scale * factor)
+            spread, counts = tilt(tl.sum(qs * q.to(tl.float32), 1) * (scale * scale))
+            spread /= tl.maximum(tl.load(mean_trace_ptr + kv_lane), 1.0e-30)
             if AIMED:
                 spread *= tl.load(setting_ptr + lane * 4 + 1)
         far_row = far_ptr + (lane * n_query_image_blocks + query) * far_stride
@@ -86,6 +98,8 @@ def attend_kernel(q_ptr, stride_qb, stride_qh, stride_qn, stride_qd, out_ptr, st
         centre = tl.load(centre_ptr + kv_lane * DIM + dim)
         top += tl.sum(q.to(tl.float32) * centre[None, :], 1) * factor
     tail_top, tail_mass = top, mass
+    if TAIL == CUMULANT:
+        tail_mass = mass * counts
     blocks = list_ptr + (lane * n_query_blocks + query) * n_blocks
     block = 0
     for j in tl.range(0, tl.load(count_ptr + lane * n_query_blocks + query), num_stages=STAGES):

@@ -141,7 +141,7 @@ def prepare(plan: plans.Plan, space: dict[str, Tensor], q: Tensor, k: Tensor, v:
         plan.far_stride, plan.dim, columns, key_mask is not None, _precision(plan), num_warps=8 if wide else 4,
         num_stages=1 if wide else 3 if plan.tiles.tma else 2)
     pool_kernel[(plan.dim // 16, 2, lanes)](space["partial_covariance"], space["partial_mass"], space["covariance"], space["column_scale"],
-                                            plan.splits, plan.dim, 16)
+                                            space["mean_trace"], plan.splits, plan.dim, 16)
 
 
 def score(plan: plans.Plan, space: dict[str, Tensor], lanes: int, scale: float) -> None:
@@ -187,11 +187,11 @@ def probe(plan: plans.Plan, space: dict[str, Tensor], q: Tensor, first: int, lan
                 space["exact_top"], space["exact_mass"], space["block_mass"], settled.always, aim.sink_share(keys.image_blocks),
                 keys.image_blocks, queries.image_blocks, splits, *queries.geometry, *places, aim.SINK_ROWS)
     tail_kernel[(len(aim.FACTORS), len(aim.DENSITIES), heads)](
-        q, *q.stride(), space["mean_k"], space["mean_v"], space["log_mass"], space["trace"], space["centre"], space["covariance"],
-        space["column_scale"], space["far"], space["histogram"], settled.always, densities, factors, space["exact_numerator"],
-        space["exact_top"], space["exact_mass"], space["near_numerator"], space["near_top"], space["near_mass"], space["sums"], scale,
-        first * plan.group, plan.heads, plan.group, keys.image_blocks, queries.image_blocks, plan.far_stride, splits, *queries.geometry,
-        *where, 32, *places, plans.BINS, plan.own, _precision(plan), num_warps=8, num_stages=1)
+        q, *q.stride(), space["mean_k"], space["mean_v"], space["log_mass"], space["trace"], space["mean_trace"], space["centre"],
+        space["covariance"], space["column_scale"], space["far"], space["histogram"], settled.always, densities, factors,
+        space["exact_numerator"], space["exact_top"], space["exact_mass"], space["near_numerator"], space["near_top"], space["near_mass"],
+        space["sums"], scale, first * plan.group, plan.heads, plan.group, keys.image_blocks, queries.image_blocks, plan.far_stride, splits,
+        *queries.geometry, *where, 32, *places, plans.BINS, plan.own, _precision(plan), num_warps=8, num_stages=1)
     choose_kernel[(heads,)](space["sums"], densities, factors, settled.setting, goal, len(aim.DENSITIES), len(aim.FACTORS), *aim.LINEAR,
                             plan.between, num_warps=1)
 
@@ -219,8 +219,8 @@ def attend_round(plan: plans.Plan, space: dict[str, Tensor], q: Tensor, out: Ten
         mean_k, mean_v = (TensorDescriptor.from_tensor(x, [tiles.far, plan.dim]) for x in (mean_k, mean_v))
         covariance = TensorDescriptor.from_tensor(covariance, [plan.dim, plan.dim])
     attend_kernel[(queries.blocks, lanes * plan.group)](
-        q, *q.stride(), out, *out.stride(), k, v, space["bias"], mean_k, mean_v, space["trace"], space["centre"], covariance,
-        space["column_scale"], space["far"], space["list"], space["count"], space["order"],
+        q, *q.stride(), out, *out.stride(), k, v, space["bias"], mean_k, mean_v, space["trace"], space["mean_trace"], space["centre"],
+        covariance, space["column_scale"], space["far"], space["list"], space["count"], space["order"],
         space["column_scale"] if settled is None else settled.setting, not_finite, scale, first * plan.group, plan.heads, plan.group,
         keys.blocks, keys.image_blocks, queries.blocks, queries.image_blocks, plan.far_stride, *queries.geometry, plan.head_dim, plan.dim,
         tiles.far, plan.biased, TAILS[tail], settled is not None, tma, tiles.stages, tiles.far_stages, _precision(plan), num_warps=tiles.warps)

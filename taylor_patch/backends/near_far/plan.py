@@ -198,6 +198,7 @@ class Plan:
         yield "precise_v", (keys.image_blocks, dim), full
         yield "log_mass", (self.far_stride,), full
         yield "trace", (self.far_stride,), full
+        yield "mean_trace", (1,), full
         yield "centre", (dim,), full
         yield "covariance", (2 * dim, dim), half
         yield "column_scale", (2 * dim,), full

@@ -153,8 +153,9 @@ def covariance_kernel(k_ptr, v_ptr, bias_ptr, precise_k_ptr, precise_v_ptr, log_
 
 
 @triton.jit(do_not_specialize=SIZES)
-def pool_kernel(partial_ptr, partial_mass_ptr, covariance_ptr, column_scale_ptr, n_splits, DIM: tl.constexpr, COLUMNS: tl.constexpr):
-    """Sums of the splits -> [2, DIM, DIM]: S_w / mean trace and C_w, each column divided by its largest value.
+def pool_kernel(partial_ptr, partial_mass_ptr, covariance_ptr, column_scale_ptr, mean_trace_ptr, n_splits, DIM: tl.constexpr,
+                COLUMNS: tl.constexpr):
+    """Sums of the splits -> [2, DIM, DIM]: S_w and C_w, each column divided by its largest value, and the mean trace of the blocks.
 
     The column scales are float32, so that half precision holds covariances of any size. Grid (DIM / COLUMNS, 2, lanes).
     """
@@ -174,8 +175,8 @@ def pool_kernel(partial_ptr, partial_mass_ptr, covariance_ptr, column_scale_ptr,
     largest = tl.max(tl.abs(pooled), 0)
     some = largest > 1.0e-30
     largest = tl.where(some, largest, 1.0)
-    unit = tl.where(which == 0, total_trace, total)
-    per_unit = tl.where(unit > 1.0e-30, 1.0 / tl.maximum(unit, 1.0e-30), 0.0)
+    per_unit = tl.where(total > 1.0e-30, 1.0 / tl.maximum(total, 1.0e-30), 0.0)
     out = covariance_ptr + (lane * (2 * DIM) + at_row[:, None]) * DIM + column[None, :]
     tl.store(out, (pooled / largest[None, :]).to(covariance_ptr.dtype.element_ty))
     tl.store(column_scale_ptr + (lane * 2 + which) * DIM + column, tl.where(some, largest * per_unit, 0.0))
+    tl.store(mean_trace_ptr + lane, total_trace * per_unit, mask=tl.program_id(0) + which == 0)

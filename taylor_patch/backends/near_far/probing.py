@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from taylor_patch.backends.near_far.kernel import tilt
 from taylor_patch.backends.near_far.layout import SIZES, block_tokens
 from taylor_patch.backends.near_far.routing import bin_of, threshold_bin
 
@@ -143,7 +144,7 @@ def sink_kernel(top_ptr, mass_ptr, block_mass_ptr, always_ptr, least_share, n_im
 
 
 @triton.jit(do_not_specialize=SIZES)
-def tail_kernel(q_ptr, stride_qb, stride_qh, stride_qn, stride_qd, mean_k_ptr, mean_v_ptr, log_mass_ptr, trace_ptr, centre_ptr,
+def tail_kernel(q_ptr, stride_qb, stride_qh, stride_qn, stride_qd, mean_k_ptr, mean_v_ptr, log_mass_ptr, trace_ptr, mean_trace_ptr, centre_ptr,
                 covariance_ptr, column_scale_ptr, far_ptr, histogram_ptr, always_ptr, density_ptr, factor_ptr, exact_numerator_ptr,
                 exact_top_ptr, exact_mass_ptr, numerator_ptr, top_ptr, mass_ptr, sums_ptr, scale, first_head, n_heads, GROUP, n_image_blocks,
                 n_query_image_blocks, far_stride, n_splits, GRID_T, GRID_H, GRID_W, START, OUTSIDE, TILE_T: tl.constexpr, TILE_H: tl.constexpr,
@@ -166,7 +167,8 @@ def tail_kernel(q_ptr, stride_qb, stride_qh, stride_qn, stride_qd, mean_k_ptr, m
     rows = kv_lane * (2 * DIM) + dim
     covariance = tl.load(covariance_ptr + rows[:, None] * DIM + dim[None, :])
     qs = tl.dot(q, covariance, input_precision=PRECISION) * tl.load(column_scale_ptr + kv_lane * (2 * DIM) + dim)[None, :]
-    spread = tl.sum(qs * q.to(tl.float32), 1) * (0.5 * scale * factor) * tl.load(factor_ptr + which)
+    spread, counts = tilt(tl.sum(qs * q.to(tl.float32), 1) * (scale * scale))
+    spread *= tl.load(factor_ptr + which) / tl.maximum(tl.load(mean_trace_ptr + kv_lane), 1.0e-30)
     # The means are those of k less a centre.
     away = tl.sum(q.to(tl.float32) * tl.load(centre_ptr + kv_lane * DIM + dim)[None, :], 1) * factor
     tail = tl.zeros((64,), tl.float32)
@@ -192,7 +194,7 @@ def tail_kernel(q_ptr, stride_qb, stride_qh, stride_qn, stride_qd, mean_k_ptr, m
         top = new_top
     rows += DIM
     covariance = tl.load(covariance_ptr + rows[:, None] * DIM + dim[None, :])
-    share = tail / mass * scale
+    share = tail / mass * counts * scale
     linear = tl.dot(q, covariance, input_precision=PRECISION) * tl.load(column_scale_ptr + kv_lane * (2 * DIM) + DIM + dim)[None, :]
     real = filled.to(tl.float32)[:, None]
     linear = linear * share[:, None] * real

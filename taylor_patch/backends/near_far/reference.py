@@ -5,7 +5,8 @@ around its mean. With n_b keys, mean k_b and v_b, and q already times scale:
 
     weight = n_b exp(q.k_b + 1/2 t_b q' S_w q),    value = v_b + C_w' q
 
-S_w = mean within-block covariance of k, C_w = that of (k, v), t_b = tr(S_b) / mean tr(S_b). Tokens outside the image
+S_w = mean within-block covariance of k, C_w = that of (k, v), t_b = tr(S_b) / mean tr(S_b); where q' S_w q is large both terms grow
+more slowly (blocks.tilt). Tokens outside the image
 (text, conditioning) are always exact, as keys and as queries. No N x N tensor is formed. In cross-attention queries and keys have blocks
 of their own (tiles.grids).
 """
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from taylor_patch.backends.near_far.aim import Settled, how_between, settle_head
-from taylor_patch.backends.near_far.blocks import ROUTING_SAMPLES, Blocks, gather_blocks, largest, masses, near_blocks, tail_logits
+from taylor_patch.backends.near_far.blocks import ROUTING_SAMPLES, Blocks, gather_blocks, largest, masses, near_blocks, tail_logits, tilt
 from taylor_patch.backends.tiles import BLOCK, grids, is_line, tile_index
 from taylor_patch.call import AttentionCall, TokenGrid
 
@@ -134,5 +135,5 @@ def attend_group(q: Tensor, near: Tensor, blocks: Blocks, text: tuple[Tensor, Te
     if tail != "none":
         out = out + parts[2] @ blocks.mean_v
     if tail == "cumulant":
-        out = out + linear * parts[2].sum(-1, keepdim=True) * (q @ blocks.cov_kv)
+        out = out + linear * tilt(q, blocks)[1] * parts[2].sum(-1, keepdim=True) * (q @ blocks.cov_kv)
     return out
