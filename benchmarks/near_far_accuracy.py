@@ -153,16 +153,16 @@ def hostile() -> Iterator[dict[str, Any]]:
 
 def sharp() -> Iterator[dict[str, Any]]:
     """Errors of the plain version with sharper logits, for places from which the expansion goes on as a straight line."""
-    calls = captured(17, SIZE, STEPS, AT)[::5]
     usual = blocks.TILT_LIMIT
-    for times in (1, 3, 10):
-        inputs = [(times * q, k, v) for q, k, v in calls]
+    for size, times in itertools.product((SIZE // 2, SIZE), (1, 3, 10)):
+        grid = TokenGrid(1, size // 2, size // 2, 16)
+        inputs = [(times * q, k, v) for q, k, v in captured(17, size, STEPS, AT)[:: 5 if size == SIZE else 1]]
         exact = [exact64(*call) for call in inputs]
         for limit in (1e9, math.sqrt(2 * math.log(64)), 2.0, 1.5):
             blocks.TILT_LIMIT = limit
-            errors = [error for call, ref in zip(inputs, exact, strict=True)
-                      for error in relative(reference.attend(call_of(*(x.float() for x in call)), 0.1), ref).tolist()]
-            yield {"what": "sharp", "provider": "near_far, plain", "density": 0.1, "logits_times": times,
+            errors = [error for (q, k, v), ref in zip(inputs, exact, strict=True) for error in relative(
+                reference.attend(AttentionCall(q.float(), k.float(), v.float(), q.shape[-1] ** -0.5, grid=grid), 0.1), ref).tolist()]
+            yield {"what": "sharp", "provider": "near_far, plain", "tokens": q.shape[2], "density": 0.1, "logits_times": times,
                    "limit": None if limit == 1e9 else round(limit, 2), **quantiles(errors)}
     blocks.TILT_LIMIT = usual
 

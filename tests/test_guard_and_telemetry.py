@@ -52,7 +52,7 @@ def test_figures(masked):
     out = (exact(call) * 1.1).float()
     before = [x.clone() for x in (call.q, call.k, call.v, out)]
     found = dict(zip(guard.FIGURES, guard.figures(Backend.__new__(Halved), call, out, 16, 3).tolist(), strict=True))
-    rows = guard.spread(300, 16, 3)
+    rows = guard.rows_of(call, 16, 3)
     assert found["quality_raw"] == pytest.approx(0.1, rel=1e-3)
     half = exact(dataclasses.replace(call, q=call.q / 2))[:, :, rows]
     expected = (out.double()[:, :, rows] - half).norm() / half.norm()
@@ -183,12 +183,26 @@ def test_a_block_that_is_too_far_off_is_exact_in_this_step_and_from_then_on(comf
 
 
 @pytest.mark.parametrize("samples", [1, 5, 16])
-def test_quality_check_samples_is_the_number_of_rows(comfy, configure, monkeypatch, samples):
+def test_quality_check_samples_is_the_number_of_rows_of_24_heads(comfy, configure, monkeypatch, samples):
+    monkeypatch.setattr(guard, "FULL_HEADS", 4)
     seen, exact_rows = set(), guard.exact_rows
     monkeypatch.setattr(guard, "exact_rows", lambda call, rows: seen.add(len(range(call.q.shape[2])[rows])) or exact_rows(call, rows))
     configure(SPARSE.replace("[backends", f"quality_check_samples = {samples}\n[backends"))
     run(comfy)
-    assert seen == {samples}
+    assert seen == {2 * samples}, "the model has two heads"
+
+
+@pytest.mark.parametrize(("batch", "heads", "rows"), [(1, 24, 16), (1, 40, 16), (2, 24, 16), (2, 6, 32), (1, 2, 192)])
+def test_fewer_heads_mean_more_rows(batch, heads, rows):
+    q = torch.empty(batch, heads, 4096, 8, device="meta")
+    assert len(range(4096)[guard.rows_of(AttentionCall(q, q, q, 1.0), 16, 0)]) == rows
+
+
+@pytest.mark.parametrize("calls", [5, 19, 57, 64])
+def test_the_share_of_sampled_calls_is_the_same_for_small_models(calls):
+    found = sum(guard.is_sampled(call, step, 1, False) for step in range(1, 33) for call in range(calls))
+    short = sum(guard.is_sampled(call, step, 1, False) for step in range(1, 17) for call in range(calls))
+    assert found == calls and abs(2 * short - calls) <= 3
 
 
 @pytest.mark.parametrize(("every", "sampled"), [(1, [0, 1, 2]), (2, [0, 2]), (3, [0])])

@@ -124,7 +124,7 @@ def test_quality_raw_is_against_the_unmodified_and_quality_eff_against_the_modif
     call, tuned = make(), backend(P=7, scale_mul=0.5)
     found = dict(zip(guard.FIGURES, guard.figures(tuned, call, tuned.run(call), 16, 0).tolist(), strict=True))
     exact, half = (torch.softmax(call.scale * factor * call.q @ call.k.transpose(-1, -2), -1) @ call.v for factor in (1, 0.5))
-    rows = guard.spread(call.q.shape[2], 16, 0)
+    rows = guard.rows_of(call, 16, 0)
     expected = (half - exact)[:, :, rows].norm() / exact[:, :, rows].norm()
     assert found["quality_raw"] == pytest.approx(float(expected), rel=0.02) and found["quality_eff"] < 0.01 * found["quality_raw"]
 

@@ -84,7 +84,7 @@ def tilt(q: Tensor, blocks: Blocks) -> tuple[Tensor, Tensor]:
     With the deviation s = (q' S_w q)^1/2 these are s^2 / 2 and 1 up to s = TILT_LIMIT = L, and L s - L^2 / 2 and L / s beyond. Of 64 keys
     the log mean exp grows no faster than s times the highest key, and no mean of values lies outside them, where the expansion would
     go on as a parabola and without bound. (Normal logits freeze at L = (2 ln 64)^1/2 = 2.9: Derrida 1981, the random energy model. 2
-    serves trained attention a little better: the rows "sharp" of near_far_accuracy.)
+    serves trained attention better: ADR 16.)
     """
     variance = ((q @ blocks.cov_kk) * q).sum(-1, keepdim=True).clamp_min(0)
     deviation = variance.sqrt()
