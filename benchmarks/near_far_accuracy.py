@@ -162,7 +162,7 @@ def sharp() -> Iterator[dict[str, Any]]:
             blocks.TILT_LIMIT = limit
             errors = [error for (q, k, v), ref in zip(inputs, exact, strict=True) for error in relative(
                 reference.attend(AttentionCall(q.float(), k.float(), v.float(), q.shape[-1] ** -0.5, grid=grid), 0.1), ref).tolist()]
-            yield {"what": "sharp", "provider": "near_far, plain", "tokens": q.shape[2], "density": 0.1, "logits_times": times,
+            yield {"what": "sharp", "provider": "near_far, plain", "tokens": grid.start + grid.tokens, "density": 0.1, "logits_times": times,
                    "limit": None if limit == 1e9 else round(limit, 2), **quantiles(errors)}
     blocks.TILT_LIMIT = usual
 

@@ -61,7 +61,7 @@ class Settings:
     start_percent: float = option(0.0, "exact before this part of the schedule", at_least=0, at_most=1)
     end_percent: float = option(1.0, "exact after this part of the schedule", at_least=0, at_most=1)
     quality_check: bool = option(True, "compare sampled query rows with exact attention, and time exact attention to estimate what is saved")
-    quality_check_samples: int = option(16, "query rows of a sampled call; with fewer than 24 heads, as many more as there are fewer heads", at_least=1)
+    quality_check_samples: int = option(16, "query rows of a sampled call of 24 heads or more; with fewer heads as many more", at_least=1)
     quality_check_log_every: int = option(1, "sample in every so many steps; a run's first is sampled in any case", at_least=1)
     quality_limit: float = option(
         2.0, "a block whose sampled error is above this many times the error asked for is exact for the rest of the run, and its step is "
