@@ -344,6 +344,15 @@ def test_workspace_holds_with_probe_and_fallback(monkeypatch, kind, options):
     assert used == pytest.approx(backend.workspace_nbytes(call), rel=0.05), used
 
 
+@pytest.mark.parametrize("kind", [TritonFull, TritonFused], ids=lambda kind: kind.name)
+def test_error_aimed_takes_the_series_that_meets_the_error(kind):
+    call = make(n=40, m=200, d=16, scale=0.08, target_error=0.02)
+    backend = kind(TaylorOptions(error_aimed=True, P=4, min_tokens=1))
+    out = backend.run(call)
+    exact = torch.softmax(call.scale * call.q.double() @ call.k.double().transpose(-1, -2), -1) @ call.v.double()
+    assert backend.last_R in (17, 153) and relative(out, exact) < 0.02
+
+
 gpu = pytest.mark.gpu
 needs_gpu = pytest.mark.skipif(not ON_GPU, reason="no CUDA device")
 

@@ -19,10 +19,9 @@ from torch import Tensor
 
 from taylor_patch import cache
 from taylor_patch.backends.base import Fallback, expand_kv
-from taylor_patch.backends.taylor.denominators import mask_weight
 from taylor_patch.backends.taylor.options import TUNED
+from taylor_patch.backends.taylor.polynomial import polynomial
 from taylor_patch.call import AttentionCall
-from taylor_patch.features import coefficients as series
 from taylor_patch.options import problems_of
 
 if TYPE_CHECKING:
@@ -78,7 +77,7 @@ class Search:
                  for _ in range(o.auto_tune_candidates)]
         self._configured = {name: getattr(o, name) for name in TUNED}
         self._backend, self._values = backend, [self._configured, *drawn]
-        self._candidates = [with_values(backend, values) for values in self._values]
+        self._candidates = [backend.with_options(auto_tune=False, **values) for values in self._values]
         self._first_step: int | None = None
         self._scores: Tensor | None = None
         self._calls = 0
@@ -128,13 +127,8 @@ class Search:
         found = None if self._key is None else cache.load(KIND, self._key)
         if found is None or not all(isinstance(found.get(name), int | float) and math.isfinite(found[name]) for name in TUNED):
             return None
-        kept = with_values(self._backend, {name: float(found[name]) for name in TUNED})
+        kept = self._backend.with_options(auto_tune=False, **{name: float(found[name]) for name in TUNED})
         return None if problems_of(kept.options) else kept
-
-
-def with_values(backend: AnyTaylor, values: dict[str, float]) -> AnyTaylor:
-    """The same backend with these options in the place of its own."""
-    return type(backend)(dataclasses.replace(backend.options, auto_tune=False, **values))  # type: ignore[arg-type]
 
 
 @torch.no_grad()
@@ -168,29 +162,3 @@ def _part(call: AttentionCall, rows: int, keys: int) -> AttentionCall:
     k, v = (expand_kv(x[:, :, kept], heads).float() for x in (call.k, call.v))
     return dataclasses.replace(call, q=call.q[:, :, some(call.q.shape[2], rows)].float(), k=k, v=v,
                                key_mask=None if call.key_mask is None else call.key_mask[:, kept])
-
-
-def polynomial(backend: TaylorBackend, call: AttentionCall) -> tuple[Tensor, Tensor]:
-    """What `backend` computes, by the polynomial of the logits: (out [B, H, N_q, D], denominators [B, H, blocks, N_q]), both float32.
-
-    call: float32, with as many key heads as query heads.
-    """
-    o = backend.options
-    share = torch.full((1, call.k.shape[2]), 1 / call.k.shape[2], device=call.k.device)
-    if call.key_mask is not None:
-        weight = mask_weight(call.key_mask)
-        share = weight / weight.sum(1, keepdim=True)
-    share = share[:, None, None, None]
-    factors = backend.norm_factor(call.q, call.sigma), backend.norm_factor(call.k, call.sigma), None
-    q, k, v = ((x if factor is None else x * factor[..., None]).unflatten(-1, (o.sub_head_blocks, -1)).transpose(2, 3)
-               for x, factor in zip((call.q, call.k, call.v), factors, strict=True))
-    if o.center_keys:
-        k = k - share @ k
-    logits = backend.scale(call) * q @ k.transpose(-1, -2)
-    coefficient = (series.hermite if o.coefficients == "hermite" else series.taylor)(o.P, (share * logits**2).sum(-1))
-    weight, power = torch.zeros_like(logits), share.expand_as(logits)
-    for degree in range(o.P):
-        weight = weight + coefficient[..., degree, None] / math.factorial(degree) * power
-        power = power * logits
-    denominators = weight.sum(-1)
-    return (weight @ v / denominators[..., None]).transpose(2, 3).flatten(3), denominators

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from taylor_patch.backends.base import Backend, Fallback
-from taylor_patch.backends.taylor import auto_tune
+from taylor_patch.backends.taylor import auto_tune, error_aimed
 from taylor_patch.backends.taylor.denominators import DenominatorStats
 from taylor_patch.backends.taylor.options import TaylorOptions
 from taylor_patch.call import AttentionCall
 from taylor_patch.features.symmetric import feature_count, tables
 from taylor_patch.features.tiles import pair_table
+
+AnyTaylor = TypeVar("AnyTaylor", bound="TaylorBackend")
 
 log = logging.getLogger("taylor_patch")
 
@@ -43,26 +46,43 @@ class TaylorBackend(Backend):
             reasons.append(f"head_dim {head_dim} is not a multiple of sub_head_blocks = {o.sub_head_blocks}")
         else:
             block_dim = head_dim // o.sub_head_blocks
-            count = feature_count(block_dim, o.P)
+            terms = 2 if o.error_aimed else o.P
+            count = feature_count(block_dim, terms)
             if count > o.max_feature_dim_R:
                 reasons.append(f"R = {count} features above max_feature_dim_R = {o.max_feature_dim_R} "
-                               f"(head_dim {head_dim}, block_dim {block_dim}, P {o.P})")
+                               f"(head_dim {head_dim}, block_dim {block_dim}, P {terms})")
+            if o.error_aimed and count >= call.k.shape[2]:
+                reasons.append(f"error_aimed: P 2 has R = {count} features, not fewer than {call.k.shape[2]} keys")
         if not o.allow_cross_attention and not call.self_attention:
             reasons.append("allow_cross_attention = false")
         return tuple(reasons)
 
+    def variants(self: AnyTaylor, call: AttentionCall) -> list[AnyTaylor]:
+        """Who may answer `call`, those with the fewest features first: itself, or with error_aimed itself with every series tried."""
+        return error_aimed.candidates(self, call) if self.options.error_aimed else [self]
+
+    def workspace_nbytes(self, call: AttentionCall) -> int:
+        """See Backend.workspace_nbytes."""
+        compared = error_aimed.workspace_nbytes(call) if self.options.error_aimed else 0
+        return max(compared, *(variant.series_nbytes(call) for variant in self.variants(call)))
+
+    def series_nbytes(self, call: AttentionCall) -> int:
+        """Bytes of temporary memory of attend(), from shapes only."""
+        raise NotImplementedError
+
     def run(self, call: AttentionCall) -> Tensor:
         """See Backend.run. Raises Fallback when a gate is shut or too many denominators are not above eps."""
-        self.last_R = feature_count(call.q.shape[-1] // self.options.sub_head_blocks, self.options.P)
+        self.last_R = 0
         self.last_probe = self.last_denominators = None
         if self.options.log_shapes:
             log.debug("taylor_patch: %s: q %s, k %s, %s, step %s, sigma %s, block %s", self.name, list(call.q.shape),
                       list(call.k.shape), call.q.dtype, call.step, call.sigma, call.block)
         try:
             self._check_gates(call)
-            if not self.options.auto_tune:
-                return self.attend(call)
-            chosen = auto_tune.settle(self, call)
+            chosen = auto_tune.settle(self, call) if self.options.auto_tune else self
+            if self.options.error_aimed:
+                chosen = error_aimed.settle(chosen, call)
+            self.last_R = feature_count(call.q.shape[-1] // self.options.sub_head_blocks, chosen.options.P)
             chosen.last_probe = chosen.last_denominators = None
             try:
                 return chosen.attend(call)
@@ -91,6 +111,10 @@ class TaylorBackend(Backend):
     def denominators(self) -> dict[str, float] | None:
         """See Backend.denominators; R alone where they were not looked at (fallback_on_negative = false)."""
         return {"R": self.last_R, **({} if self.last_denominators is None else dataclasses.asdict(self.last_denominators))}
+
+    def with_options(self: AnyTaylor, **values: Any) -> AnyTaylor:
+        """The same backend with these options in the place of its own."""
+        return type(self)(dataclasses.replace(self.options, **values))
 
     def attend(self, call: AttentionCall) -> Tensor:
         """The arithmetic of run(); calls check_denominators."""

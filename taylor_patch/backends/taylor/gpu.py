@@ -61,8 +61,8 @@ class TritonTaylor(TaylorBackend):
         return make_plan(call.q.shape, call.k.shape, call.q.dtype, o.P, o.coefficients == "hermite", o.sub_head_blocks, self.feature_chunk,
                          o.fused_value_chunk_size, o.s_store_bf16, o.force_fp32, self.workspace_limit)
 
-    def workspace_nbytes(self, call: AttentionCall) -> int:
-        """Bytes of temporary memory beside inputs and output, from shapes only."""
+    def series_nbytes(self, call: AttentionCall) -> int:
+        """See TaylorBackend.series_nbytes."""
         o = self.options
         return self.plan(call).nbytes(bool(o.auto_tune or o.qk_normalize or o.qk_norm_clip or o.qk_norm_power), call.key_mask is not None)
 
@@ -110,7 +110,7 @@ class TritonFull(TritonTaylor):
         reasons = super().reasons_against(call)
         if reasons:
             return reasons
-        plan = self.plan(call)
+        plan = self.variants(call)[0].plan(call)
         largest = max(plan.state_nbytes(chunk, 1) for chunk in plan.chunks)
         if largest > self.workspace_limit:
             features = max(chunk.blocks for chunk in plan.chunks) * BLOCK

@@ -52,6 +52,9 @@ class TaylorOptions:
     taylor_layer_start: int = option(-1, "exact in blocks before this one, counted over the whole model from 0; `-1`: in none", at_least=-1)
     taylor_layer_end: int = option(-1, "exact in blocks after this one; `-1`: in none", at_least=-1)
     allow_cross_attention: bool = option(True, "`false`: calls with other numbers of keys than of queries are exact")
+    error_aimed: bool = option(
+        False, "P is the most that is tried: each block takes the least P, and the better coefficients, that meet `quality` on 64 rows a head, "
+        "for a sixteenth of the noise scale at a time, and is exact where none do")
     auto_tune: bool = option(
         False, "look for the best qk_norm_power, qk_norm_clip and scale_mul in a run's first steps, which are exact, and keep them for the run")
     auto_tune_steps: int = option(1, "steps that the search lasts", at_least=1)
@@ -77,6 +80,8 @@ class TaylorOptions:
                 found[most] = f"{getattr(self, most)} is below {least} = {getattr(self, least)}"
         if self.coefficients == "hermite" and not self.center_keys:
             found["coefficients"] = '"hermite" needs center_keys = true: its logits are taken to have mean 0'
+        if self.error_aimed and self.P < 2:
+            found["P"] = f"{self.P} leaves error_aimed nothing to try; it begins at 2"
         return found
 
     def resolved(self) -> TaylorOptions:

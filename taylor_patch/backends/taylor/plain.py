@@ -37,7 +37,7 @@ class TaylorTorch(TaylorBackend):
     def _rows_k(self) -> int:
         return ROWS if self.options.block_size_k == "auto" else self.options.block_size_k
 
-    def workspace_nbytes(self, call: AttentionCall) -> int:
+    def series_nbytes(self, call: AttentionCall) -> int:
         """Upper estimate for one head: float32 copies of its q, k and v, the sums of its queries, and the largest feature tiles."""
         o = self.options
         _, heads, n_q, head_dim = call.q.shape
