@@ -162,3 +162,10 @@ def test_errors_are_zero_for_exact_attention_and_grow_as_density_falls():
     dense, sparse = (measure.errors(NearFar(NearFarOptions(density=density)), calls) for density in (0.5, 0.1))
     exact = measure.errors(Sdpa(), calls)
     assert exact[1] < 1e-6 < dense[0] < sparse[0] < 0.2
+
+
+@pytest.mark.parametrize(("each", "seconds", "calls"), [(0.001, 0.05, range(4, 201)), (0.05, 0.02, range(2, 4)), (0.2, 0.01, [1])])
+def test_a_slow_backend_is_called_a_few_times_only(each, seconds, calls):
+    made = []
+    found = measure.milliseconds(lambda: made.append(time.sleep(each)), torch.device("cpu"), seconds)
+    assert len(made) in calls and found >= 1000 * each

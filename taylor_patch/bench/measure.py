@@ -71,12 +71,11 @@ def shaped_call(heads: int, head_dim: int, grid: TokenGrid, device: torch.device
 
 
 def milliseconds(work: Callable[[], Any], device: torch.device, seconds: float) -> float:
-    """Median time of one call after a warm-up, over about `seconds`, at least three calls."""
-    work()
-    _wait(device)
+    """Median time of a call that has been made before, over about `seconds`: at least three calls, of slow ones as many as begin within
+    three times that."""
     times: list[float] = []
-    end = time.perf_counter() + seconds
-    while len(times) < 3 or (time.perf_counter() < end and len(times) < 200):
+    begin = time.perf_counter()
+    while not times or (len(times) < 200 and time.perf_counter() - begin < (seconds if len(times) >= 3 else 3 * seconds)):
         start = time.perf_counter()
         work()
         _wait(device)
@@ -89,15 +88,16 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _peak_mib(work: Callable[[], Any], device: torch.device) -> float | None:
-    """Memory in MiB that the work takes at its peak beside its result, on CUDA."""
+def _with_peak(work: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, float | None]:
+    """The result of the work, and the memory in MiB that it takes at its peak beside that, on CUDA."""
     if device.type != "cuda":
-        return None
+        return work(), None
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     out = work()
     _wait(device)
-    return (torch.cuda.max_memory_allocated(device) - before - out.numel() * out.element_size()) / 2**20
+    size = out.numel() * out.element_size() if isinstance(out, Tensor) else 0
+    return out, (torch.cuda.max_memory_allocated(device) - before - size) / 2**20
 
 
 def trained_calls(device: torch.device, dtype: torch.dtype, target_error: float, size: int = 128) -> Iterator[AttentionCall]:
@@ -151,10 +151,11 @@ def compare(backends: list[Backend], call: AttentionCall, seconds: float, with_e
     device = call.q.device
     progress("sdpa")
     exact = next((backend for backend in backends if backend.name == "sdpa"), Sdpa())
+    _, peak = _with_peak(lambda: exact.run(call), device)
     reference = milliseconds(lambda: exact.run(call), device, seconds)
     calls = list(trained_calls(device, call.q.dtype, call.target_error)) if with_errors else []
     median, p90 = errors(exact, calls) or (None, None)
-    rows = [Row("sdpa", reference, 1.0, _peak_mib(lambda: exact.run(call), device), median, p90)]
+    rows = [Row("sdpa", reference, 1.0, peak, median, p90)]
     for backend in backends:
         if backend.name == "sdpa":
             continue
@@ -171,14 +172,14 @@ def _row(backend: Backend, call: AttentionCall, reference: float, calls: list[At
     device = call.q.device
     if reasons := as_reasons(backend.reasons_against(call), "reasons_against()"):
         return Row(backend.name, note="; ".join(reasons))
-    if problem := check_form(backend.run(call), call):
+    out, peak = _with_peak(lambda: backend.run(call), device)
+    if problem := check_form(out, call):
         return Row(backend.name, note=problem)
     spent = milliseconds(lambda: backend.run(call), device, seconds)
-    peak = _peak_mib(lambda: backend.run(call), device)
     note = ""
     found = errors(backend, calls)
     if calls and found is None:
-        found, note = errors_of_rows(backend.run(call), call), "refuses the trained model's calls; errors on the call that was timed"
+        found, note = errors_of_rows(out, call), "refuses the trained model's calls; errors on the call that was timed"
     median, p90 = found or (None, None)
     return Row(backend.name, spent, reference / spent, peak, median, p90, note)
 
