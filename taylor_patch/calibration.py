@@ -51,6 +51,11 @@ def measured(device: torch.device) -> Mapping[str, int | None]:
     return _load(file, stamp).get(device_name(device), {})
 
 
+def clear() -> None:
+    """Remove the file. Raises OSError where that cannot be done."""
+    path().unlink(missing_ok=True)
+
+
 def store(device: torch.device, crossovers: Mapping[str, int | None]) -> Path:
     """Keep crossovers of this device beside those of others."""
     file = path()

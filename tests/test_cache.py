@@ -10,7 +10,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from taylor_patch import cache
+from taylor_patch import cache, calibration
 from taylor_patch import engine as engines
 from taylor_patch.call import AttentionCall
 from taylor_patch.cli import main
@@ -141,3 +141,11 @@ def test_the_command():
     cleared = CliRunner().invoke(main, ["cache", "--clear", "--json"])
     assert json.loads(cleared.output)["entries"] == {"tune": 1} and not cache.path().exists()
     assert "no entries" in CliRunner().invoke(main, ["cache"]).output
+
+
+def test_the_command_removes_crossovers_too():
+    calibration.store(torch.device("cpu"), {"near_far": 4096})
+    shown = CliRunner().invoke(main, ["cache"])
+    assert "crossovers 1" in shown.output
+    assert CliRunner().invoke(main, ["cache", "--clear"]).exit_code == 0
+    assert not calibration.path().exists() and calibration.measured(torch.device("cpu")) == {}

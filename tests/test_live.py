@@ -90,9 +90,9 @@ def test_what_cannot_be_is_refused_with_its_place(configure, text, settings, mes
 def test_a_variable_goes_before_the_file(configure, monkeypatch):
     monkeypatch.setenv("TAYLOR_PATCH", "near_far")
     path = configure("")
-    with pytest.raises(ConfigError, match=r"^taylor_patch.backend: it is set by the environment, which goes before"):
+    with pytest.raises(ConfigError, match=r"^taylor_patch.backend: it is set by the variable TAYLOR_PATCH=near_far, which goes before"):
         settings_file.change(engine(), {"backend": "sdpa"})
-    assert state()["settings"]["backend"] == {"value": "near_far", "set_elsewhere": "the environment"}
+    assert state()["settings"]["backend"] == {"value": "near_far", "set_elsewhere": "the variable TAYLOR_PATCH=near_far"}
     assert state()["settings"]["quality"]["set_elsewhere"] is None and path.read_text() == ""
 
 

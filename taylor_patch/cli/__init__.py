@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -217,23 +218,26 @@ def new(name: str, folder: Path | None) -> None:
 @click.option("--clear", is_flag=True, help="Remove it.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def cache(clear: bool, as_json: bool) -> None:
-    """Show what earlier runs have settled and kept on disk, or remove it."""
+    """Show what earlier runs have settled and `bench --calibrate` has found and kept on disk, or remove it."""
     from taylor_patch import cache as values
+    from taylor_patch import calibration
     from taylor_patch import tensor_cache as tensors
 
-    file, folder, kinds = values.path(), tensors.folder(), values.kinds() + tensors.kinds()
-    size = (file.stat().st_size if file.exists() else 0) + tensors.nbytes()
+    file, folder, crossovers = values.path(), tensors.folder(), calibration.path()
+    kinds = values.kinds() + tensors.kinds() + Counter({"crossovers": 1} if crossovers.exists() else {})
+    size = sum(x.stat().st_size for x in (file, crossovers) if x.exists()) + tensors.nbytes()
     if clear:
         try:
             values.clear()
             tensors.clear()
+            calibration.clear()
         except OSError as error:
             raise click.ClickException(f"{error.filename or file} cannot be removed ({error}).") from error
     if as_json:
         click.echo(json.dumps({"path": str(file), "folder": str(folder), "bytes": size, "entries": kinds, "cleared": clear}, indent=2))
         return
     shown = ", ".join(f"{kind} {count}" for kind, count in sorted(kinds.items())) or "no entries"
-    click.echo(f"{'Removed ' if clear else ''}{file} and {folder}: {shown}, {size / 1024:.1f} KiB")
+    click.echo(f"{'Removed ' if clear else ''}{file}, {crossovers.name} beside it and {folder}: {shown}, {size / 1024:.1f} KiB")
 
 
 @main.group()

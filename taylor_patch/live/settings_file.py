@@ -31,7 +31,8 @@ def set_elsewhere(config: Config, path: Path, key: str) -> str | None:
         if layer.origin == str(path) and not layer.profile:
             return None
         if key in layer.data.get(TABLE, {}):
-            return f'the profile "{layer.profile}"' if layer.profile else f"the {layer.origin}"
+            variable = layer.variables.get((TABLE, key))
+            return f'the profile "{layer.profile}"' if layer.profile else f"the variable {variable}" if variable else f"the {layer.origin}"
     return None
 
 
