@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import taylor_patch
 from taylor_patch.backends.near_far import NearFar, reference
-from taylor_patch.backends.tiles import grids, tile_index
+from taylor_patch.backends.tiles import adjacent, grids, tile_index
 from taylor_patch.call import AttentionCall, TokenGrid
 
 
@@ -90,6 +90,24 @@ def test_cross_attention_equals_the_dense_oracle(case):
 def test_keys_without_a_grid_lie_in_blocks_of_64_in_a_row():
     index, filled = tile_index(TokenGrid(1, 1, 150))
     assert [index[b][filled[b]].tolist() for b in range(3)] == [list(range(64)), list(range(64, 128)), list(range(128, 150))]
+
+
+def test_blocks_that_share_an_edge_or_a_corner_are_adjacent():
+    around = adjacent(TokenGrid(1, 20, 31, 5))
+    assert around.shape == (12, 12) and not bool(around.diagonal().any())  # 3 rows of 4 blocks
+    assert around[5].nonzero().flatten().tolist() == [0, 1, 2, 4, 6, 8, 9, 10]
+    assert around[3].nonzero().flatten().tolist() == [2, 6, 7]
+
+
+def test_neighbours_are_near_before_blocks_with_more_mass_and_count():
+    gen = torch.Generator().manual_seed(4)
+    q, k, v = (torch.randn(120 * 112, 16, generator=gen) for _ in range(3))
+    head = reference.Head(q * 0.25, k, v, TokenGrid(1, 120, 112))
+    around = adjacent(TokenGrid(1, 120, 112))
+    near = reference.route(head, 0.1)
+    assert bool(near[around].all()) and float(near.float().mean()) < 0.106
+    assert bool(reference.route(head, 0.01)[around].all())
+    assert reference.Head(q[:64], k[:64], v[:64], TokenGrid(1, 8, 8)).neighbours is None
 
 
 def test_every_query_block_sees_its_best_key_block_and_none_is_its_own():

@@ -22,7 +22,7 @@ from hypothesis import strategies as st  # noqa: E402
 from taylor_patch.backends.base import not_finite  # noqa: E402
 from taylor_patch.backends.near_far import NearFar, NearFarOptions, aim, op, plan, reference  # noqa: E402
 from taylor_patch.backends.near_far.layout import block_tokens  # noqa: E402
-from taylor_patch.backends.tiles import grids, tile_index  # noqa: E402
+from taylor_patch.backends.tiles import adjacent, grids, tile_index  # noqa: E402
 from taylor_patch.call import AttentionCall, TokenGrid  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -266,7 +266,7 @@ def test_pitfall_27_a_new_size_compiles_nothing_anew():
     assert {key[0]: found for key, found in specialised.items() if len(found) > 1} == {}
     varying = {name for (name, _), values in constants.items() if len(values) > 1}
     tiles = {f"{side}TILE_{axis}" for side in ("", "QUERY_") for axis in "THW"}
-    assert varying == {"AIMED", "BETWEEN", "BIASED", "EXACT", "STEPS", *tiles}
+    assert varying == {"AIMED", "BETWEEN", "BIASED", "EXACT", "NEIGHBOURS", "STEPS", *tiles}
     assert len(constants["BETWEEN", "choose_kernel"]) == 2
     assert {int(re.search(r"\d+", value)[0]) for value in constants["STEPS", "score_kernel"]} <= {1, 2, 4, 8}
 
@@ -365,6 +365,26 @@ def test_near_blocks_are_the_most_massive(keys):
     counts, lists = space["count"][0, 0], space["list"][0, 0].long()
     for row in range(near.shape[0]):
         assert sorted(lists[row, : counts[row]].tolist()) == near[row].nonzero().flatten().tolist()
+
+
+@pytest.mark.parametrize("density", [0.02, 0.1])
+def test_in_a_picture_of_many_blocks_the_neighbours_are_near_before_any_others(density):
+    call = make_call(1, 2, 1, 0, (1, 113, 117), 0, 16, torch.float32, False)
+    around = adjacent(call.grid)
+    assert plan_of(call).neighbours and around.shape == (225, 225) and int(around.sum()) == 8 * 13 * 13 + 5 * 4 * 13 + 3 * 4
+    out, near = run_round(call, density, "cumulant")
+    for head, chosen in enumerate(near):
+        wanted = reference.route(reference.Head(call.q[0, head] * call.scale, call.k[0, 0], call.v[0, 0], *places(call)), density)
+        assert bool(wanted[around].all()) and bool(chosen[around].all())
+        if density == 0.1:  # they count: no more blocks are near than without them, but for the best ones
+            assert abs(int(chosen.sum()) - int(wanted.sum())) <= 0.05 * int(wanted.sum()) and float(chosen.float().mean()) < 0.106
+        assert int((chosen & wanted).sum()) >= 0.95 * int(wanted.sum())
+    assert error(out, oracle(call, near, density, "cumulant")) < 1e-5
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 0, (1, 112, 112), 0, 16), (1, 1, 1, 0, (15, 34, 30), 0, 16)], ids=["196 blocks", "a video"])
+def test_few_blocks_or_a_video_have_no_neighbours_before_others(shape):
+    assert not plan_of(make_call(*shape, torch.float32, False)).neighbours
 
 
 def aimed(call, target, tma=False):

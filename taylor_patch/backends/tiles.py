@@ -48,3 +48,13 @@ def tile_index(grid: TokenGrid) -> tuple[Tensor, Tensor]:
     padded[: grid.t, : grid.h, : grid.w] = torch.arange(grid.tokens).view(grid.t, grid.h, grid.w)
     index = padded.view(blocks[0], tt, blocks[1], th, blocks[2], tw).permute(0, 2, 4, 1, 3, 5).reshape(-1, BLOCK)
     return index.clamp_min(0), index >= 0
+
+
+@lru_cache(maxsize=8)
+def adjacent(grid: TokenGrid) -> Tensor:
+    """[n_blocks, n_blocks] bool: whether two blocks of a picture share an edge or a corner; no block does with itself."""
+    _, height, width = tile_shape(grid)
+    across = -(-grid.w // width)
+    block = torch.arange(-(-grid.h // height) * across)
+    down, right = ((x[:, None] - x).abs() for x in (block // across, block % across))
+    return torch.maximum(down, right) == 1

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from taylor_patch.backends.near_far.blocks import Blocks, masses, near_blocks, tail_logits, tilt
+from taylor_patch.backends.near_far.blocks import FEW_BLOCKS, Blocks, masses, near_blocks, tail_logits, tilt
 from taylor_patch.backends.tiles import BLOCK
 
 DENSITIES = (0.04, 0.1, 0.22, 0.5)
@@ -49,7 +49,6 @@ def sigma_bin(sigma: float) -> int:
 NOT, CHORD, POWER = 0, 1, 2
 """How a density between two of those that were tried is found: none is, the higher one is taken; on the straight line between their
 errors; on the power of the density that goes through them."""
-FEW_BLOCKS = 200
 
 
 def how_between(line: bool, image_blocks: int) -> int:
@@ -72,10 +71,10 @@ def sink_share(image_blocks: int) -> float:
     return max(SINK_SHARE, SINK_TIMES / image_blocks)
 
 
-def settle_head(q: Tensor, blocks: Blocks, filled: Tensor, text: tuple[Tensor, Tensor, Tensor], own: bool, between: int,
-                target: float) -> Settled:
+def settle_head(q: Tensor, blocks: Blocks, filled: Tensor, text: tuple[Tensor, Tensor, Tensor], own: bool,
+                neighbours: Tensor | None, between: int, target: float) -> Settled:
     """What is settled for one head: setting [4], always [key blocks]. q [query blocks, 64, D] times scale; text: k, v, bias outside the
-    image; own: as near_blocks has it; between: as choose has it."""
+    image; own, neighbours: as near_blocks has them; between: as choose has it."""
     block, place = probe_rows(q.shape[0], q.device)
     rows, real = q[block, place], filled[block, place]
     mass = masses(q, filled, blocks)
@@ -84,7 +83,7 @@ def settle_head(q: Tensor, blocks: Blocks, filled: Tensor, text: tuple[Tensor, T
     share = torch.softmax(logits, 1)
     of_block = share[:, : blocks.k.shape[0] * BLOCK].view(ROWS, -1, BLOCK).sum(2)
     always = ((of_block > sink_share(blocks.k.shape[0])) & real[:, None]).sum(0) > SINK_ROWS * real.sum()
-    near = [near_blocks(mass, density, blocks, own)[block] | always for density in DENSITIES]
+    near = [near_blocks(mass, density, blocks, own, neighbours)[block] | always for density in DENSITIES]
     sums = torch.stack([torch.stack([_sums(rows, share @ values, seen, factor, logits, values, blocks)[real].sum(0) for factor in FACTORS])
                         for seen in near])
     return Settled(choose(sums, target, between), always.to(torch.int8))

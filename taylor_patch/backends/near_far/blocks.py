@@ -7,10 +7,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from taylor_patch.backends.tiles import is_line
+from taylor_patch.call import TokenGrid
+
 ROUTING_SAMPLES = 4
 """Means of a query block's quarters, which vote on its near blocks."""
 TILT_LIMIT = 2.0
 """Standard deviation of a query's logits within a block from which the block's expansion goes on as a straight line (see tilt)."""
+
+FEW_BLOCKS = 200
+"""Image blocks of the keys below which a head behaves otherwise: its error falls late with the density (aim.how_between), and eight
+neighbours would be a large share of all blocks (sees_neighbours)."""
 
 
 @dataclass(frozen=True)
@@ -66,12 +73,21 @@ def masses(q_blocks: Tensor, filled: Tensor, blocks: Blocks) -> Tensor:
     return (score * (count / count.sum(1, keepdim=True).clamp_min(1))).sum(1)
 
 
-def near_blocks(mass: Tensor, density: float, blocks: Blocks, own: bool) -> Tensor:
+def sees_neighbours(own: bool, grid: TokenGrid, image_blocks: int) -> bool:
+    """Whether the blocks around a query block are near whatever their mass: in pictures of many blocks (ADR 14). own: queries and keys lie in
+    the same blocks."""
+    return own and grid.t == 1 and not is_line(grid) and image_blocks >= FEW_BLOCKS
+
+
+def near_blocks(mass: Tensor, density: float, blocks: Blocks, own: bool, neighbours: Tensor | None = None) -> Tensor:
     """Near blocks [query blocks, key blocks] bool: the share `density` with most mass in the head, each query block's best one, and where
-    keys and queries lie in the same blocks (own) the query block itself."""
+    keys and queries lie in the same blocks (own) the query block itself. neighbours: near before any others, [query blocks, key blocks]."""
     wanted = max(1, min(mass.numel(), round(density * mass.numel())))
-    threshold = mass.flatten().kthvalue(mass.numel() - wanted + 1).values
-    near = mass >= threshold if density >= 1 else (mass > threshold)
+    rank = mass if neighbours is None else mass.masked_fill(neighbours, torch.inf)
+    threshold = rank.flatten().kthvalue(mass.numel() - wanted + 1).values
+    near = rank >= threshold if density >= 1 else (rank > threshold)
+    if neighbours is not None:
+        near |= neighbours
     near.scatter_(1, mass.argmax(1, keepdim=True), True)
     if own:
         near.fill_diagonal_(True)

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 SIZES = ("n_blocks", "n_image_blocks", "n_query_blocks", "n_query_image_blocks", "n_keys", "n_queries", "n_splits", "n_heads",
-         "first_lane", "first_head", "blocks_each", "GRID_T", "GRID_H", "GRID_W", "START", "OUTSIDE",
+         "first_lane", "first_head", "blocks_each", "across", "GRID_T", "GRID_H", "GRID_W", "START", "OUTSIDE",
          "QUERY_T", "QUERY_H", "QUERY_W", "QUERY_START", "QUERY_OUTSIDE")
 """Arguments on whose values kernels are not specialised, so that a new size of picture compiles nothing."""
 

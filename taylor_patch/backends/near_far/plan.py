@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from taylor_patch.backends.near_far import aim
-from taylor_patch.backends.near_far.blocks import ROUTING_SAMPLES
+from taylor_patch.backends.near_far.blocks import ROUTING_SAMPLES, sees_neighbours
 from taylor_patch.backends.tiles import BLOCK, grids, is_line, tile_shape
 from taylor_patch.call import AttentionCall, TokenGrid
 
@@ -112,6 +112,16 @@ class Plan:
         return self.queries == self.keys
 
     @cached_property
+    def neighbours(self) -> bool:
+        """Whether the blocks around a query block are near whatever their mass."""
+        return sees_neighbours(self.own, self.queries.grid, self.queries.image_blocks)
+
+    @cached_property
+    def across(self) -> int:
+        """Image blocks of the queries side by side."""
+        return -(-self.queries.grid.w // self.queries.tile[2])
+
+    @cached_property
     def between(self) -> int:
         """How a density between two of those that were tried is found."""
         return aim.how_between(is_line(self.keys.grid), self.keys.image_blocks)
@@ -155,7 +165,7 @@ class Plan:
     @cached_property
     def kernels(self) -> tuple[Hashable, ...]:
         """What of a plan makes Triton compile kernels anew. The strides of q, k and v do so too, where one becomes a multiple of 16."""
-        return (self.dtype, self.head_dim, self.masked, self.biased, self.aimed, self.own, self.between, self.queries.tile, self.keys.tile,
+        return (self.dtype, self.head_dim, self.masked, self.biased, self.aimed, self.own, self.neighbours, self.between, self.queries.tile, self.keys.tile,
                 self.tiles, self.score_steps, self.group == 1, self.group % 16 == 0, self.keys.blocks < 2**15)
 
     @cached_property

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from taylor_patch.backends.near_far.aim import Settled, how_between, settle_head
-from taylor_patch.backends.near_far.blocks import ROUTING_SAMPLES, Blocks, gather_blocks, largest, masses, near_blocks, tail_logits, tilt
-from taylor_patch.backends.tiles import BLOCK, grids, is_line, tile_index
+from taylor_patch.backends.near_far.blocks import ROUTING_SAMPLES, Blocks, gather_blocks, largest, masses, near_blocks, sees_neighbours, tail_logits, tilt
+from taylor_patch.backends.tiles import BLOCK, adjacent, grids, is_line, tile_index
 from taylor_patch.call import AttentionCall, TokenGrid
 
 QUERY_BLOCKS_AT_ONCE = 8
@@ -49,7 +49,7 @@ def attend_aimed(call: AttentionCall, settled: Settled | None) -> tuple[Tensor, 
 
     def run(number: int, head: Head) -> Tensor:
         if settled is None:
-            own = settle_head(head.q_blocks, head.blocks, head.filled, head.text, head.own, head.between, call.target_error)
+            own = settle_head(head.q_blocks, head.blocks, head.filled, head.text, head.own, head.neighbours, head.between, call.target_error)
         else:
             own = Settled(settled.setting[number], settled.always[number])
         found.append(own)
@@ -76,7 +76,7 @@ def _each_head(call: AttentionCall, run: Callable[[int, Head], Tensor]) -> Tenso
 
 def route(head: Head, density: float) -> Tensor:
     """Near blocks [query blocks, key blocks] bool of the head."""
-    return near_blocks(masses(head.q_blocks, head.filled, head.blocks), density, head.blocks, head.own)
+    return near_blocks(masses(head.q_blocks, head.filled, head.blocks), density, head.blocks, head.own, head.neighbours)
 
 
 class Head:
@@ -94,6 +94,8 @@ class Head:
         index, filled, outside = (self.index, self.filled, self.outside) if key_grid is None else _places(self.k, key_grid)
         self.blocks = gather_blocks(self.k, self.v, self.bias, index, filled)
         self.between = how_between(is_line(key_grid or grid), self.blocks.k.shape[0])
+        around = sees_neighbours(self.own, grid, self.blocks.k.shape[0])
+        self.neighbours = adjacent(grid).to(self.q.device) if around else None
         self.q_blocks = self.q[self.index]
         self.text = (self.k[outside], self.v[outside], self.bias[outside])
 

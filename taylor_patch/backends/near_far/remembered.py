@@ -24,7 +24,7 @@ from taylor_patch.backends.near_far.aim import Settled, sigma_bin
 from taylor_patch.call import AttentionCall, TokenGrid
 
 KIND = "near_far"
-VERSION = 1
+VERSION = 2
 """Changed whenever a setting of old no longer means what it did."""
 LIMIT = 1024
 """Blocks (times shapes) of a run whose values are kept."""

@@ -17,6 +17,18 @@ def bin_of(octaves, BINS: tl.constexpr):
     return (BINS // 2 + (BINS // 2 - 1) * octaves / (1.0 + tl.abs(octaves))).to(tl.int32)
 
 
+@triton.jit
+def raised(octaves):
+    """The score of a block that is near whatever its mass: above all others, and in bin BINS - 2 as all of its kind."""
+    return octaves + 2.0e3
+
+
+@triton.jit
+def lowered(octaves):
+    """A score as the mass gives it, raised or not; masses are between -1000 and log2 of the number of blocks."""
+    return tl.where(octaves > 5.0e2, octaves - 2.0e3, octaves)
+
+
 @triton.jit(do_not_specialize=SIZES)
 def total_kernel(sample_ptr, share_ptr, mean_k_ptr, log_mass_ptr, log_total_ptr, factor, n_keys, n_queries, far_stride, GROUP,
                  DIM: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, SAMPLES: tl.constexpr, PRECISION: tl.constexpr):
@@ -52,12 +64,13 @@ def _mass(q, log_total, mean, log_mass, factor, PRECISION: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=SIZES)
-def score_kernel(sample_ptr, log_total_ptr, mean_k_ptr, log_mass_ptr, far_ptr, histogram_ptr, factor, n_keys, n_queries, far_stride, GROUP,
-                 DIM: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, STEPS: tl.constexpr, BINS: tl.constexpr,
-                 SAMPLES: tl.constexpr, PRECISION: tl.constexpr):
+def score_kernel(sample_ptr, log_total_ptr, mean_k_ptr, log_mass_ptr, far_ptr, histogram_ptr, factor, n_keys, n_queries, far_stride, across,
+                 GROUP, NEIGHBOURS: tl.constexpr, DIM: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, STEPS: tl.constexpr,
+                 BINS: tl.constexpr, SAMPLES: tl.constexpr, PRECISION: tl.constexpr):
     """log2 of the mean softmax mass over the four samples of a query block, over that of a flat softmax [heads, n_queries, far_stride].
 
-    Counts one tile of scores in STEPS in the head's histogram, whose last entry is the number of scores counted.
+    Counts one tile of scores in STEPS in the head's histogram, whose last entry is the number of scores counted. NEIGHBOURS: blocks that
+    share an edge or a corner, `across` of them side by side, are raised above all others.
     Grid (n_queries / QUERIES, n_keys / (KEYS STEPS), heads).
     """
     lane = tl.program_id(2).to(tl.int64)
@@ -86,6 +99,10 @@ def score_kernel(sample_ptr, log_total_ptr, mean_k_ptr, log_mass_ptr, far_ptr, h
         mass += _mass(q2, total2, mean, log_mass, factor, PRECISION)
         mass += _mass(q3, total3, mean, log_mass, factor, PRECISION)
         octaves = tl.maximum(tl.log2(mass * n_keys), -1.0e3)
+        if NEIGHBOURS:
+            down = tl.abs((query // across)[:, None] - (key // across)[None, :])
+            right = tl.abs((query % across)[:, None] - (key % across)[None, :])
+            octaves = tl.where(tl.maximum(down, right) == 1, raised(octaves), octaves)
         valid = real[:, None] & (key < n_keys)[None, :]
         tl.store(far_ptr + (lane * n_queries + query[:, None]) * far_stride + key[None, :], octaves, mask=valid)
         if first == start:
@@ -97,11 +114,13 @@ def score_kernel(sample_ptr, log_total_ptr, mean_k_ptr, log_mass_ptr, far_ptr, h
 
 @triton.jit
 def threshold_bin(histogram, density, BINS: tl.constexpr):
-    """Least bin of the most massive ones that hold at most the share `density` of the scores counted; 0 for a density of 1."""
+    """Least bin of the most massive ones that hold at most the share `density` of the scores counted, but not above that of raised scores; 0
+    for a density of 1."""
     counts = tl.load(histogram + tl.arange(0, BINS))
     wanted = density * tl.load(histogram + BINS).to(tl.float32)
     from_here_up = tl.sum(counts, 0) - tl.cumsum(counts, 0) + counts
-    return tl.where(density < 1.0, tl.sum((from_here_up.to(tl.float32) > wanted).to(tl.int32), 0), 0)
+    found = tl.where(density < 1.0, tl.sum((from_here_up.to(tl.float32) > wanted).to(tl.int32), 0), 0)
+    return tl.minimum(found, BINS - 2)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -111,9 +130,9 @@ def select_kernel(far_ptr, histogram_ptr, log_mass_ptr, list_ptr, count_ptr, den
     """Scores -> log2 masses of the far blocks of each query block, in place, -inf where a block is near or does not exist; and the near
     blocks of each query block as a list.
 
-    Near are the most massive bins of the head that hold at most the share `density` of the pairs that were counted, its best block
-    and, with OWN, the query block itself. AIMED: the density is that of the head's setting, and key blocks with `always` are near for every
-    query (aim.py). Queries outside the image see every block. Grid (query blocks / QUERIES, heads).
+    Near are the most massive bins of the head that hold at most the share `density` of the pairs that were counted (raised scores first),
+    its best block and, with OWN, the query block itself. AIMED: the density is that of the head's setting, and key blocks with `always`
+    are near for every query (aim.py). Queries outside the image see every block. Grid (query blocks / QUERIES, heads).
     """
     lane = tl.program_id(1).to(tl.int64)
     kv_lane = lane // GROUP
@@ -124,6 +143,7 @@ def select_kernel(far_ptr, histogram_ptr, log_mass_ptr, list_ptr, count_ptr, den
     threshold = threshold_bin(histogram_ptr + lane * (2 * BINS), density, BINS)
     best_score = tl.full((QUERIES,), -1.0e4, tl.float32)
     best = tl.zeros((QUERIES,), tl.int32)
+    best_near = tl.zeros((QUERIES,), tl.int32)
     out = list_ptr + (lane * n_query_blocks + query[:, None]) * n_blocks
     length = tl.zeros((QUERIES,), tl.int32)
     for first in range(0, tl.maximum(n_blocks, far_stride), KEYS):
@@ -131,14 +151,16 @@ def select_kernel(far_ptr, histogram_ptr, log_mass_ptr, list_ptr, count_ptr, den
         far_at = far_ptr + (lane * n_query_image_blocks + query[:, None]) * far_stride + key
         octaves = tl.load(far_at, mask=in_image[:, None] & (key < n_image_blocks), other=-1.0e3)
         log_mass = tl.load(log_mass_ptr + kv_lane * far_stride + key, mask=key < n_image_blocks, other=float("-inf"))
-        tile_best, tile_at = tl.max(octaves, 1, return_indices=True)
-        best = tl.where(tile_best > best_score, first + tile_at, best)
-        best_score = tl.maximum(best_score, tile_best)
+        tile_best, tile_at = tl.max(lowered(octaves), 1, return_indices=True)
         near = bin_of(octaves, BINS) >= threshold
         if OWN:
             near |= key == query[:, None]
         if AIMED:
             near |= tl.load(always_ptr + lane * n_image_blocks + key, mask=key < n_image_blocks, other=0) != 0
+        better = tile_best > best_score
+        tile_near = tl.sum((near & (key == first + tile_at[:, None])).to(tl.int32), 1)
+        best, best_near = tl.where(better, first + tile_at, best), tl.where(better, tile_near, best_near)
+        best_score = tl.maximum(best_score, tile_best)
         near = (near & (log_mass > float("-inf"))) | (key >= n_image_blocks) | ~in_image[:, None]
         tl.store(far_at, tl.where(near, float("-inf"), log_mass), mask=in_image[:, None] & (key < far_stride))
         near = (near & (key < n_blocks)).to(tl.int32)
@@ -146,11 +168,8 @@ def select_kernel(far_ptr, histogram_ptr, log_mass_ptr, list_ptr, count_ptr, den
         entry = tl.broadcast_to(key, (QUERIES, KEYS)).to(list_ptr.dtype.element_ty)
         tl.store(out + place, entry, mask=(near > 0) & (query < n_query_blocks)[:, None])
         length += tl.sum(near, 1)
-    missed = in_image & (bin_of(best_score, BINS) < threshold)
-    if OWN:
-        missed = missed & (best != query)
-    if AIMED:
-        missed = missed & (tl.load(always_ptr + lane * n_image_blocks + best, mask=in_image, other=0) == 0)
+    missed = in_image & (best_near == 0)
+    tl.debug_barrier()  # the loop has stored this block's mass from another thread
     tl.store(far_ptr + (lane * n_query_image_blocks + query) * far_stride + best, tl.full((QUERIES,), float("-inf"), tl.float32), mask=missed)
     tl.store(list_ptr + (lane * n_query_blocks + query) * n_blocks + length, best.to(list_ptr.dtype.element_ty), mask=missed)
     length += missed.to(tl.int32)
