@@ -1,10 +1,10 @@
-"""Whether it helps near_far to have the neighbours of a query block always exact: `python -m benchmarks.neighbours [--size 128] [--write]`.
+"""Whether it helps near_far to have the neighbours of a query block always exact: `python -m benchmarks.neighbours [--size 128] [--out FILE]`.
 
 q, k, v of the demo's trained model (picture 17, steps 2, 8, 14 and 20 of 24, all layers and heads). Each head is computed by the plain
 version with the near blocks that routing chooses at a density, and with as many where the query block's 4 or 8 neighbours in the picture
 are among them and the most massive others fill up. A row has the relative L2 errors against exact attention in float64 over all heads,
 the share of exact blocks, and in how many heads the error is lower than without. A number of neighbours that is more than the density
-allows is left out. --write adds the rows to benchmarks/results/neighbours.jsonl.
+allows is left out. One JSON line per density and number of neighbours is appended to FILE.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -89,13 +90,14 @@ def rows(size: int) -> Iterator[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, default=128, help="pixels of a side")
-    parser.add_argument("--write", action="store_true", help="add the rows to benchmarks/results/neighbours.jsonl")
+    parser.add_argument("--commit", help="recorded where the tree is no git checkout")
+    parser.add_argument("--out", type=Path, default=record.RESULTS / "neighbours.jsonl")
     arguments = parser.parse_args()
-    found = list(rows(arguments.size))
-    for row in found:
-        print(json.dumps(row))
-    if arguments.write:
-        record.append("neighbours", found)
+    environment = record.environment(arguments.commit)
+    with arguments.out.open("a", encoding="utf-8") as file:
+        for row in rows(arguments.size):
+            print(json.dumps(row), flush=True)
+            file.write(json.dumps({**row, **environment}) + "\n")
 
 
 if __name__ == "__main__":
