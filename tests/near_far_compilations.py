@@ -19,7 +19,8 @@ from taylor_patch.backends.near_far import op, plan
 from taylor_patch.call import AttentionCall, TokenGrid
 
 SIZES = [  # grid; text before it
-    ((1, 64, 64), 512), ((1, 80, 48), 512), ((1, 72, 40), 256), ((1, 128, 128), 512), ((1, 104, 56), 192), ((1, 128, 120), 64), ((1, 96, 176), 128),  # whole blocks of tokens
+    ((1, 64, 64), 512), ((1, 80, 48), 512), ((1, 72, 40), 256), ((1, 128, 128), 512), ((1, 104, 56), 192),  # whole blocks of tokens
+    ((1, 128, 120), 64), ((1, 96, 176), 128),  # and so many that neighbours are near
     ((1, 61, 43), 77), ((1, 90, 51), 300), ((1, 75, 52), 96),  # blocks that are not full
     ((16, 24, 44), 0), ((8, 40, 24), 0), ((21, 45, 80), 226), ((13, 30, 52), 0),  # videos
 ]

@@ -156,8 +156,8 @@ def score(plan: plans.Plan, space: dict[str, Tensor], lanes: int, scale: float) 
         plan.far_stride, plan.group, plan.dim, 16, 64, ROUTING_SAMPLES, "tf32", num_warps=4, num_stages=stages)
     score_kernel[(triton.cdiv(n_queries, 64), triton.cdiv(n_keys, 64 * plan.score_steps), heads)](
         space["sample"], space["log_total"], space["mean_k"], space["log_mass"], space["far"], space["histogram"], factor,
-        n_keys, n_queries, plan.far_stride, plan.across, plan.group, plan.neighbours, plan.dim, 64, 64, plan.score_steps, plans.BINS, ROUTING_SAMPLES, "tf32",
-        num_warps=4, num_stages=stages)
+        n_keys, n_queries, plan.far_stride, plan.across, plan.group, plan.neighbours, plan.dim, 64, 64, plan.score_steps, plans.BINS,
+        ROUTING_SAMPLES, "tf32", num_warps=4, num_stages=stages)
 
 
 @lru_cache(maxsize=16)

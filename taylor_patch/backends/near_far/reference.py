@@ -19,7 +19,17 @@ import torch
 from torch import Tensor
 
 from taylor_patch.backends.near_far.aim import Settled, how_between, settle_head
-from taylor_patch.backends.near_far.blocks import ROUTING_SAMPLES, Blocks, gather_blocks, largest, masses, near_blocks, sees_neighbours, tail_logits, tilt
+from taylor_patch.backends.near_far.blocks import (
+    ROUTING_SAMPLES,
+    Blocks,
+    gather_blocks,
+    largest,
+    masses,
+    near_blocks,
+    sees_neighbours,
+    tail_logits,
+    tilt,
+)
 from taylor_patch.backends.tiles import BLOCK, adjacent, grids, is_line, tile_index
 from taylor_patch.call import AttentionCall, TokenGrid
 
