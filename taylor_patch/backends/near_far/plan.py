@@ -166,7 +166,8 @@ class Plan:
     def kernels(self) -> tuple[Hashable, ...]:
         """What of a plan makes Triton compile kernels anew. The strides of q, k and v do so too, where one becomes a multiple of 16."""
         return (self.dtype, self.head_dim, self.masked, self.biased, self.aimed, self.own, self.neighbours, self.between,
-                self.queries.tile, self.keys.tile, self.tiles, self.score_steps, self.group == 1, self.group % 16 == 0, self.keys.blocks < 2**15)
+                self.queries.tile, self.keys.tile, self.tiles, self.score_steps, self.group == 1, self.group % 16 == 0,
+                self.keys.blocks < 2**15)
 
     @cached_property
     def splits(self) -> int:
