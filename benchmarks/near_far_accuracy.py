@@ -174,14 +174,14 @@ def pictures() -> Iterator[dict[str, Any]]:
                                   *((name, NearFarOptions(), target) for name, target in QUALITIES.items())]:
         values, spent = [], {"near_far": 0.0, "sdpa": 0.0}
         for picture in PICTURES:
-            backend, marks = NearFar(options), list[tuple[str, torch.cuda.Event, torch.cuda.Event]]()
+            backend, marks, memo = NearFar(options), list[tuple[str, torch.cuda.Event, torch.cuda.Event]](), dict[Any, Any]()
 
-            def attend(step: int, backend: NearFar = backend, error: float = error, marks: Any = marks) -> Attend:
+            def attend(step: int, backend: NearFar = backend, error: float = error, marks: Any = marks, memo: Any = memo) -> Attend:
                 blocks = itertools.count()
 
                 def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
                     call = AttentionCall(q, k, v, q.shape[-1] ** -0.5, grid=GRID, target_error=error, sigma=1 - step / STEPS,
-                                         block=next(blocks))
+                                         block=next(blocks), memo=memo)
                     timed(marks, "sdpa", lambda: F.scaled_dot_product_attention(q, k, v))
                     return timed(marks, "near_far", lambda: backend.run(call))
 

@@ -100,7 +100,7 @@ def test_the_recorded_error_is_under_what_was_asked_for(made, quality):
 
 def test_the_picture_is_the_better_the_less_error_is_allowed(made):
     psnr = [demo.psnr(made["sdpa"][0], made[quality][0]) for quality in config.QUALITIES]
-    assert psnr == sorted(psnr, reverse=True) and psnr[0] > 40 and psnr[2] > 25, psnr
+    assert psnr == sorted(psnr, reverse=True) and psnr[0] > 36 and psnr[2] > 25, psnr
 
 
 def test_the_log_file_has_what_q_k_v_give(made):
