@@ -19,7 +19,6 @@ One JSON line per provider and case is appended to FILE.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import math
 import statistics
@@ -132,11 +131,12 @@ def inputs(n: int, n_kv: int, data: str, b: int, h: int, d: int, dtype: torch.dt
 def near_far(case: Case) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """The backend, called as the router calls it."""
     backend = NearFar(NearFarOptions(density=case.density or "auto"))
+    settled: dict[str, Any] = {"sigma": 0.5, "block": 0, "memo": {}} if case.settled else {}
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         call = AttentionCall(q, k, v, q.shape[-1] ** -0.5, grid=GRIDS[q.shape[2]], target_error=case.quality or 0.05,
-                             key_grid=GRIDS[k.shape[2]] if case.keys == "grid" else None)
-        return backend.run(dataclasses.replace(call, sigma=0.5, block=0) if case.settled else call)
+                             key_grid=GRIDS[k.shape[2]] if case.keys == "grid" else None, **settled)
+        return backend.run(call)
 
     return run
 
