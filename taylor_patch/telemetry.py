@@ -10,6 +10,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -194,9 +195,10 @@ class StepRecord:
 @dataclass(frozen=True)
 class Reading:
     """The answers of an evaluation, read. failed: checks that found a fault. too_far: (backend, signature, block) of answers whose sampled
-    error exceeds their limit, with the error."""
+    error exceeds their limit, with the error. timed: makes each answer's record; reading some 60 timers takes long enough to be left until
+    the device has other work."""
 
-    blocks: tuple[BlockRecord, ...] = ()
+    timed: tuple[Callable[[], BlockRecord], ...] = ()
     failed: tuple[Check, ...] = ()
     too_far: Mapping[tuple[str, Any, int | None], float] = field(default_factory=dict)
     observed: Mapping[tuple[str, Any, int | None], Mapping[str, float]] = field(default_factory=dict)
@@ -215,17 +217,22 @@ def read(answers: Iterable[Answer], checks: Iterable[Check] = ()) -> Reading:
     bad = {(check.backend, check.signature) for check in failed}
     all_figures = [{} if answer.figures is None else {name: next(rest) for name in FIGURES} for answer in answers]
     all_observed = [{name: next(rest) for name in answer.observed} for answer in answers]
-    all_compared = [None if (one := answer.comparison) is None else {"error": next(rest), "exact_milliseconds": one.timer.milliseconds()}
-                    for answer in answers]
-    blocks, far, said = [], {}, {}
+    all_compared = [None if (one := answer.comparison) is None else (next(rest), one.timer) for answer in answers]
+    timed, far, said = [], {}, {}
     for answer, figures, observed, against in zip(answers, all_figures, all_observed, all_compared, strict=True):
-        blocks.append(BlockRecord(answer.backend, answer.block, answer.timer.milliseconds(), figures, answer.denominators,
-                                  None if answer.exact is None else answer.exact.milliseconds(), observed, against))
+        timed.append(partial(_block, answer.backend, answer.block, answer.timer, figures, answer.denominators, answer.exact, observed, against))
         if observed:
             said[answer.backend, answer.signature, answer.block] = observed
         if (answer.backend, answer.signature) not in bad and figures.get("quality_raw", 0.0) > answer.limit:
             far[answer.backend, answer.signature, answer.block] = figures["quality_raw"]
-    return Reading(tuple(blocks), failed, far, said)
+    return Reading(tuple(timed), failed, far, said)
+
+
+def _block(backend: str, block: int | None, timer: Timer, figures: Mapping[str, float], denominators: Mapping[str, float] | None,
+           exact: ExactTime | None, observed: Mapping[str, float], compared: tuple[float, Timer] | None) -> BlockRecord:
+    """The record of an answer, with its timers read."""
+    return BlockRecord(backend, block, timer.milliseconds(), figures, denominators, None if exact is None else exact.milliseconds(), observed,
+                       None if compared is None else {"error": compared[0], "exact_milliseconds": compared[1].milliseconds()})
 
 
 def compared(records: Iterable[StepRecord]) -> tuple[float, float] | None:

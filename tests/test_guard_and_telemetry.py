@@ -105,7 +105,7 @@ def test_read_pairs_figures_with_their_calls():
     values = torch.arange(len(guard.FIGURES)).float()
     checks = [Check("a", ("shape", block), "odd", torch.tensor(block == 1)) for block in (0, 1)]
     reading = read([answer("a", 0), answer("a", 1, values), answer("b", 2, values + 100)], checks)
-    records = reading.blocks
+    records = [block() for block in reading.timed]
     assert [r.figures.get("quality_raw") for r in records] == [None, 0, 100] and records[2].figures["logit_max"] == 107
     assert reading.too_far == {("b", ("shape", 2), 2): 100}
     assert reading.failed == (checks[1],) and all(0 <= r.milliseconds < 1000 for r in records)

@@ -76,7 +76,7 @@ def _evaluate(current: Evaluation, wrapped: Callable[..., Any], args: tuple[Any,
     seconds = time.monotonic() - started
     run.broken.update((check.backend, check.signature) for check in found.failed)
     repeated = bool(found.failed or found.too_far)
-    if found.blocks and not repeated:
+    if found.timed and not repeated:
         run.sampled.add(current.kind)
     if found.too_far and not run.too_far:
         (name, _, block), worst = next(iter(found.too_far.items()))
@@ -96,7 +96,7 @@ def _record(current: Evaluation, found: Reading, seconds: float, repeated: bool)
     tally = current.tally
     try:
         engine().record(current.run, StepRecord(current.family, current.step, current.sigma, seconds, with_exact(tally.calls, tally.fallbacks),
-                                                dict(tally.fallbacks), current.max_head_dim, found.blocks, repeated))
+                                                dict(tally.fallbacks), current.max_head_dim, tuple(block() for block in found.timed), repeated))
     except Exception as error:
         log.warning("taylor_patch: the step's record failed (%s)", said(error))
 
