@@ -98,6 +98,7 @@ def main() -> None:
         for row in rows(arguments.size):
             print(json.dumps(row), flush=True)
             file.write(json.dumps({**row, **environment}) + "\n")
+            file.flush()
 
 
 if __name__ == "__main__":

@@ -74,6 +74,7 @@ def main() -> None:
         for row in rows([case.split() for case in arguments.case or ["--model flux"]]):
             print(json.dumps(row), flush=True)
             file.write(json.dumps({**row, **common}) + "\n")
+            file.flush()
 
 
 if __name__ == "__main__":
