@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from taylor_patch import engine as engines
 from taylor_patch.backends.near_far import aim, plan, reference
+from taylor_patch.backends.targets import sigma_bin
 
 HEADS, DIM, SIDE, TEXT = 2, 16, 32, 8
 AUTO = '[taylor_patch]\nbackend = "near_far"\nquality_limit = 0\nquality = 0.1\n'
@@ -51,7 +52,7 @@ def probes(monkeypatch):
 def test_a_block_is_probed_once_a_sigma_bin_and_again_in_the_next_run(comfy, configure, probes):
     configure(AUTO)
     inputs = qkv(0.1)
-    assert aim.sigma_bin(1.0) == aim.sigma_bin(0.9) + 1 == aim.sigma_bin(0.8) + 1 and aim.sigma_bin(14.6) == 14 and aim.sigma_bin(0.0) == 0
+    assert sigma_bin(1.0) == sigma_bin(0.9) + 1 == sigma_bin(0.8) + 1 and sigma_bin(14.6) == 14 and sigma_bin(0.0) == 0
     last = sample(comfy, inputs, (1.0, 0.9, 0.8, 0.0))
     assert probes == [(0, 1.0), (1, 1.0), (0, 0.9), (1, 0.9)] and last.calls == {"near_far": 6}
     probes.clear()

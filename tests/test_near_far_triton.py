@@ -22,6 +22,7 @@ from hypothesis import strategies as st  # noqa: E402
 from taylor_patch.backends.base import not_finite  # noqa: E402
 from taylor_patch.backends.near_far import NearFar, NearFarOptions, aim, op, plan, reference  # noqa: E402
 from taylor_patch.backends.near_far.layout import block_tokens  # noqa: E402
+from taylor_patch.backends.targets import MARGIN  # noqa: E402
 from taylor_patch.backends.tiles import adjacent, grids, tile_index  # noqa: E402
 from taylor_patch.call import AttentionCall, TokenGrid  # noqa: E402
 
@@ -401,7 +402,7 @@ def aimed(call, target, tma=False):
     out = op.empty_output(call.q).fill_(math.nan)
     op.prepare(sizes, space, call.q, call.k, call.v, call.key_mask, 0, sizes.lanes)
     op.score(sizes, space, sizes.lanes, call.scale)
-    op.probe(sizes, space, call.q, 0, sizes.lanes, call.scale, aim.MARGIN * target, settled)
+    op.probe(sizes, space, call.q, 0, sizes.lanes, call.scale, MARGIN * target, settled)
     sums = space["sums"].flatten(0, 1).clone()
     op.select(sizes, space, sizes.lanes, 1.0, settled)
     flag = torch.zeros(1, device=DEVICE)

@@ -19,6 +19,7 @@ from click.testing import CliRunner
 from taylor_patch import cache, tensor_cache
 from taylor_patch import engine as engines
 from taylor_patch.backends.near_far import NearFar, NearFarOptions, aim, reference, remembered
+from taylor_patch.backends.targets import sigma_bin
 from taylor_patch.call import AttentionCall, TokenGrid
 from taylor_patch.cli import main
 from taylor_patch.demo import host as demo
@@ -32,7 +33,7 @@ REMEMBER = AUTO + "[backends.near_far]\nremember = true\n"
 BLOCKS = 2
 SIGMAS = (*(number / (16 - number) for number in (8, 7, 6, 5, 4, 3, 2, 1)), 0.0)
 """One for each of eight sigma bins, 8 to 1, and the end."""
-BINS = [aim.sigma_bin(sigma * 1.0001) for sigma in SIGMAS[:-1]]
+BINS = [sigma_bin(sigma * 1.0001) for sigma in SIGMAS[:-1]]
 LEARNT = [8, 7, 5, 2]
 """Bins that are probed where the disk agrees all along: the first; one, then one; one, then two; one, then two."""
 
@@ -54,7 +55,7 @@ def probes(monkeypatch):
 
     def attend_aimed(call, settled):
         if settled is None:
-            seen.append((call.block, aim.sigma_bin(call.sigma)))
+            seen.append((call.block, sigma_bin(call.sigma)))
         return original(call, settled)
 
     monkeypatch.setattr(reference, "attend_aimed", attend_aimed)
@@ -146,7 +147,7 @@ def test_a_lora_that_shows_late_is_found_out_by_the_next_probe(comfy, probes):
     easy, hard = qkv(0.02), qkv(0.6)
     sample(comfy, easy)
     probes.clear()
-    outs = sample(comfy, lambda sigma: easy if aim.sigma_bin(sigma) >= 6 else hard)
+    outs = sample(comfy, lambda sigma: easy if sigma_bin(sigma) >= 6 else hard)
     assert bins(probes) == [8, 7, 5, 4, 3, 2, 1]
     assert max(errors(outs[3 * BLOCKS :], hard)) < 0.1
     probes.clear()
@@ -167,7 +168,7 @@ def test_noise_is_no_evidence(comfy, probes):
     easy, hard = qkv(0.02), qkv(0.6)
     sample(comfy, easy)
     probes.clear()
-    outs = sample(comfy, lambda sigma: easy if aim.sigma_bin(sigma) == 8 else hard)
+    outs = sample(comfy, lambda sigma: easy if sigma_bin(sigma) == 8 else hard)
     assert bins(probes) == BINS and max(errors(outs[BLOCKS:], hard)) < 0.1
 
 
@@ -308,7 +309,7 @@ def test_release_forgets_what_all_runs_in_progress_have_settled(probes):
 
 def test_an_interrupted_run_leaves_what_came_to_its_end(comfy, probes):
     def stop(sigma):
-        if aim.sigma_bin(sigma) == 6:
+        if sigma_bin(sigma) == 6:
             raise InterruptProcessingException
 
     with pytest.raises(InterruptProcessingException):
@@ -321,7 +322,7 @@ def test_what_was_not_read_back_is_not_stored(comfy, monkeypatch):
     original = reference.attend_aimed
 
     def attend_aimed(call, settled):
-        if (call.block, aim.sigma_bin(call.sigma)) == (1, 6):
+        if (call.block, sigma_bin(call.sigma)) == (1, 6):
             raise InterruptProcessingException
         return original(call, settled)
 
@@ -334,7 +335,7 @@ def test_what_was_not_read_back_is_not_stored(comfy, monkeypatch):
 def test_a_run_with_values_that_are_not_finite_leaves_nothing(comfy):
     bad = [x.clone() for x in qkv(0.1)]
     bad[0][:, 100] = torch.nan
-    sample(comfy, lambda sigma: bad if aim.sigma_bin(sigma) == 3 else qkv(0.1))
+    sample(comfy, lambda sigma: bad if sigma_bin(sigma) == 3 else qkv(0.1))
     assert kept() == [] and engines.current().last_run.outcome == "finished"
 
 

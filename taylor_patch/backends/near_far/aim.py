@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from taylor_patch.backends.near_far.blocks import FEW_BLOCKS, Blocks, masses, near_blocks, tail_logits, tilt
+from taylor_patch.backends.targets import MARGIN
 from taylor_patch.backends.tiles import BLOCK
 
 DENSITIES = (0.04, 0.1, 0.22, 0.5)
@@ -26,8 +27,6 @@ FACTORS = (0.7, 0.85, 1.0, 1.2)
 LINEAR = (0.75, 1.25)
 """Bounds of the factor of the linear term."""
 ROWS = 64
-MARGIN = 0.75
-"""The error of a head may be above that of its 64 rows; with this margin nine heads in ten meet the target (docs/accuracy.md)."""
 SINK_SHARE, SINK_TIMES, SINK_ROWS = 0.02, 8.0, 0.5
 PLACE_STEP, PLACE_FIRST = 27, 5
 """Row i of the probe is place (27 i + 5) mod 64 of block (2 i + 1) blocks / 128: another place of the tile in each block."""
@@ -39,11 +38,6 @@ class Settled:
 
     setting: Tensor
     always: Tensor
-
-
-def sigma_bin(sigma: float) -> int:
-    """Sixteen bins over all noise levels: sigma / (1 + sigma) in sixteenths, eight of them for models whose sigma ends at 1."""
-    return int(16 * sigma / (1 + sigma))
 
 
 NOT, CHORD, POWER = 0, 1, 2

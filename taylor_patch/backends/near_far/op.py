@@ -18,6 +18,7 @@ from taylor_patch.backends.near_far.kernel import attend_kernel
 from taylor_patch.backends.near_far.prepare import covariance_kernel, gather_kernel, pool_kernel
 from taylor_patch.backends.near_far.probing import choose_kernel, probe_kernel, sink_kernel, tail_kernel
 from taylor_patch.backends.near_far.routing import order_kernel, score_kernel, select_kernel, total_kernel
+from taylor_patch.backends.targets import MARGIN
 from taylor_patch.backends.tiles import grids
 from taylor_patch.call import AttentionCall, TokenGrid
 
@@ -48,7 +49,7 @@ def attend_aimed(call: AttentionCall, settled: Settled | None) -> tuple[Tensor, 
         return near_far(call.q, call.k, call.v, call.key_mask, *_sides(call), call.scale, 1.0, "cumulant", call.target_error), None
     plan, goal = plans.of_call(call, aimed=True), None
     if settled is None:
-        settled, goal = unsettled(plan, call.q.device), aim.MARGIN * call.target_error
+        settled, goal = unsettled(plan, call.q.device), MARGIN * call.target_error
     return run(plan, call.q, call.k, call.v, call.key_mask, call.scale, 1.0, "cumulant", settled, goal), settled
 
 
@@ -75,7 +76,7 @@ def near_far(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, grid: lis
     call = AttentionCall(q, k, v, scale, key_mask, grid=TokenGrid(*grid), key_grid=TokenGrid(*key_grid))
     plan = plans.of_call(call, target > 0)
     if target > 0:
-        return run(plan, q, k, v, key_mask, scale, density, tail, unsettled(plan, q.device), aim.MARGIN * target)
+        return run(plan, q, k, v, key_mask, scale, density, tail, unsettled(plan, q.device), MARGIN * target)
     return run(plan, q, k, v, key_mask, scale, density, tail)
 
 

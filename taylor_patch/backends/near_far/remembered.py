@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from taylor_patch import cache, long_lived, tensor_cache
-from taylor_patch.backends.near_far.aim import Settled, sigma_bin
+from taylor_patch.backends.near_far.aim import Settled
+from taylor_patch.backends.targets import sigma_bin
 from taylor_patch.call import AttentionCall, TokenGrid
 
 KIND = "near_far"
@@ -32,7 +33,7 @@ MOST_AHEAD = 2
 """Sigma bins that come from the disk, at most, before a probe looks again."""
 TOLERANCE, STRAY_HEADS = 1.15, 0.1
 """Values agree where at most so many heads need more than so many times the density on disk; error is about inverse to density, and
-aim.MARGIN leaves room for 1.33 ..."""
+targets.MARGIN leaves room for 1.33 ..."""
 SURPLUS = 1.25
 """... and where the disk's mean density is at most so many times the one that is needed."""
 ANY_EXACT = 0.999

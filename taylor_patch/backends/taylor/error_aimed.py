@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from taylor_patch.backends.base import Fallback
-from taylor_patch.backends.near_far.aim import MARGIN, sigma_bin
+from taylor_patch.backends.targets import MARGIN, sigma_bin
 from taylor_patch.backends.taylor.polynomial import polynomial
 from taylor_patch.call import AttentionCall
 from taylor_patch.features.symmetric import feature_count
