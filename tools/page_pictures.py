@@ -1,4 +1,4 @@
-"""The pictures of docs/live-control.md: `python -m tools.page_pictures COMFYUI PYTHON`.
+"""The pictures of docs/live-control.md and docs/telemetry.md: `python -m tools.page_pictures COMFYUI PYTHON`.
 
 COMFYUI: a checkout; PYTHON: an interpreter that ComfyUI runs in and that has taylor_patch. The demo's model runs there on the CPU.
 """
@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import io
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -18,11 +20,22 @@ from taylor_patch.demo.comfyui.server import Server
 from tools import browser
 
 FOLDER = Path(__file__).parents[1] / "docs" / "images"
-LOOKS = {"live-control.png": {"width": 800}, "live-control-dark-phone.png": {"width": 390, "dark": True}}
+PAGE = {"live-control.png": {"width": 800}, "live-control-dark-phone.png": {"width": 390, "dark": True}}
+REPORT = {"report-light.png": {"width": 800}, "report-dark.png": {"width": 800, "dark": True}, "report-phone.png": {"width": 390}}
+SIZE, STEPS, PICTURE = 128, 16, 17
 
 
-async def visit(server: Server) -> None:
-    """Choose near_far, compare a run, take the pictures, and print its line."""
+async def take(page: browser.Browser, address: str, looks: dict[str, Any], ready: str) -> None:
+    """Pictures of a page in each of the looks, once `ready` is true there."""
+    for name, look in looks.items():
+        await page.open(address, **look)
+        await page.until(ready)
+        picture = Image.open(io.BytesIO(await page.picture())).convert("RGB").quantize(128)
+        picture.save(FOLDER / name, optimize=True)
+
+
+async def visit(server: Server, log_file: Path) -> None:
+    """Choose near_far, compare a run, take the pictures, and print its line; then the report of a longer run."""
     program = browser.find()
     if program is None:
         raise SystemExit(f"none of {', '.join(browser.NAMES)} is on this machine")
@@ -36,12 +49,15 @@ async def visit(server: Server) -> None:
         await page.click("#compare")
         await page.until("document.querySelector('#compare').getAttribute('aria-pressed') === 'true'")
         await asyncio.to_thread(server.run, workflow(64, 12, 17, 0))
-        for name, look in LOOKS.items():
-            await page.open(address, **look)  # type: ignore[arg-type]
-            await page.until("document.querySelectorAll('#report svg').length === 4")
-            picture = Image.open(io.BytesIO(await page.picture())).convert("RGB").quantize(128)
-            picture.save(FOLDER / name, optimize=True)
+        await take(page, address, PAGE, "document.querySelectorAll('#report svg').length === 4")
         print(await page.value("document.querySelector('#line').textContent"))
+        await page.choose("#quality", "balanced")
+        await page.until("document.querySelector('#state').textContent.includes('has backend near_far, quality balanced')")
+        log_file.unlink()  # the report is to show one run
+        await asyncio.to_thread(server.run, workflow(SIZE, STEPS, PICTURE, 0))
+        html = log_file.with_suffix(".html")
+        subprocess.run([sys.executable, "-m", "taylor_patch", "report", log_file, "--html", html], check=True)
+        await take(page, html.as_uri(), REPORT, "document.querySelectorAll('svg').length > 0")
 
 
 def main() -> None:
@@ -49,10 +65,11 @@ def main() -> None:
     comfyui, python = sys.argv[1:]
     with tempfile.TemporaryDirectory(prefix="taylor-page-") as folder:
         settings = Path(folder) / "taylor_patch.toml"
-        settings.write_text("[taylor_patch]\n")
+        log_file = Path(folder) / "log.jsonl"
+        settings.write_text(f'[taylor_patch]\nlog_file = "{log_file}"\n')
         with Server(Path(comfyui), Path(folder) / "server", python, nodes=[NODES],
                     env={"TAYLOR_PATCH": "1", "TAYLOR_PATCH_CONFIG": str(settings), "OMP_NUM_THREADS": "1"}) as server:
-            asyncio.run(visit(server))
+            asyncio.run(visit(server, log_file))
 
 
 if __name__ == "__main__":

@@ -6,18 +6,21 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 
-LEFT, TOP, WIDTH, BOTTOM = 92, 12, 640, 48
+LEFT, TOP, WIDTH, BOTTOM = 96, 12, 640, 50
 """Margins and width in SVG units; the page scales them."""
 
 SERIES = 6
 """Number of categorical colours in the page's style (--series-0 ...)."""
 
 
-def _frame(height: float, body: str, x_label: str, y_label: str, label: str) -> str:
+def _frame(height: float, columns: int, body: str, x_label: str, y_label: str, label: str) -> str:
     total = TOP + height + BOTTOM
-    return (f'<div class="scroll"><svg viewBox="0 0 {LEFT + WIDTH + 8} {total:.0f}" role="img" aria-label="{escape(label)}">{body}'
+    # On a phone a chart of up to 20 columns fits as it is; one of more is as wide as they need, and scrolls.
+    least = min(34.0, 5 + 0.8 * columns)
+    return (f'<div class="scroll"><svg style="min-width: {least:.3g}rem" viewBox="0 0 {LEFT + WIDTH + 8} {total:.0f}" role="img" '
+            f'aria-label="{escape(label)}">{body}'
             f'<text class="axis" x="{LEFT + WIDTH / 2}" y="{total - 6:.0f}" text-anchor="middle">{escape(x_label)}</text>'
-            f'<text class="axis" transform="translate(12 {TOP + height / 2:.0f}) rotate(-90)" text-anchor="middle">'
+            f'<text class="axis" transform="translate(18 {TOP + height / 2:.0f}) rotate(-90)" text-anchor="middle">'
             f"{escape(y_label)}</text></svg></div>")
 
 
@@ -29,7 +32,7 @@ def _ticks(count: int, most: int) -> list[int]:
 
 def _x_ticks(columns: Sequence[object], height: float) -> str:
     cell = WIDTH / max(len(columns), 1)
-    return "".join(f'<text class="tick" x="{LEFT + (i + .5) * cell:.1f}" y="{TOP + height + 16:.1f}" text-anchor="middle">'
+    return "".join(f'<text class="tick" x="{LEFT + (i + .5) * cell:.1f}" y="{TOP + height + 18:.1f}" text-anchor="middle">'
                    f"{escape(str(columns[i]))}</text>" for i in _ticks(len(columns), 16))
 
 
@@ -46,7 +49,7 @@ def grid(columns: Sequence[object], rows: Sequence[object], fill: Callable[[int,
                          f'height="{cell_h - 1:.1f}" fill="{colour}"><title>{escape(title)}</title></rect>')
     parts += [f'<text class="tick" x="{LEFT - 6}" y="{TOP + (j + .5) * cell_h + 4:.1f}" text-anchor="end">{escape(str(rows[j]))}</text>'
               for j in _ticks(len(rows), 20)]
-    return _frame(height, "".join(parts) + _x_ticks(columns, height), x_label, y_label, label)
+    return _frame(height, len(columns), "".join(parts) + _x_ticks(columns, height), x_label, y_label, label)
 
 
 def nice(value: float) -> float:
@@ -87,7 +90,7 @@ def bars(columns: Sequence[object], series: Mapping[str, Sequence[float]], marks
         if (mark := marks[i]) is not None:
             parts += (f'<line x1="{LEFT + i * cell:.1f}" x2="{LEFT + (i + 1) * cell:.1f}" y1="{y(mark):.1f}" y2="{y(mark):.1f}" '
                       f'stroke="var(--ink)" stroke-width="2"><title>{escape(f"exact, {x_label} {columns[i]}: {mark:.3g}")}</title></line>')
-    return _frame(height, parts + _x_ticks(columns, height), x_label, y_label, label)
+    return _frame(height, len(columns), parts + _x_ticks(columns, height), x_label, y_label, label)
 
 
 def ranges(columns: Sequence[object], values: Sequence[tuple[float, float, float]], x_label: str, y_label: str, label: str) -> str:
@@ -101,4 +104,4 @@ def ranges(columns: Sequence[object], values: Sequence[tuple[float, float, float
         parts += (f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{y(bottom):.1f}" y2="{y(top):.1f}" stroke="var(--series-0)" '
                      f'stroke-width="{max(2.0, min(10.0, cell * .5)):.1f}"><title>{bottom:.3g} to {top:.3g}</title></line>'
                      f'<circle cx="{x:.1f}" cy="{y(middle):.1f}" r="3" fill="var(--ink)"/>')
-    return _frame(height, parts + _x_ticks(columns, height), x_label, y_label, label)
+    return _frame(height, len(columns), parts + _x_ticks(columns, height), x_label, y_label, label)

@@ -12,19 +12,19 @@ from taylor_patch.telemetry import saved_text
 
 STYLE = """
 :root { color-scheme: light dark; --paper: #fcfcfb; --ink: #1c1c1a; --soft: #6b6a65; --line: #dddcd6; --empty: #f0efeb; --unknown: #c4c3bb;
-  --heat: 205 80%;
+  --heat-least: 88%; --heat-step: -13%;
   --series-0: #3272b8; --series-1: #c2642c; --series-2: #3f8f5f; --series-3: #8a5fb0; --series-4: #a8852a; --series-5: #b04a6a; }
 @media (prefers-color-scheme: dark) { :root { --paper: #171716; --ink: #ecebe6; --soft: #a3a29b; --line: #3a3936;
-  --empty: #242422; --unknown: #54534e;
+  --empty: #242422; --unknown: #54534e; --heat-least: 28%; --heat-step: 12%;
   --series-0: #6fa8e6; --series-1: #e2935f; --series-2: #6fbf8d; --series-3: #b596d8; --series-4: #d1b25c; --series-5: #de8aa5; } }
 body { font: 16px/1.5 system-ui, sans-serif; background: var(--paper); color: var(--ink); max-width: 46rem; margin: 0 auto; padding: 1rem; }
 h1 { font-size: 1.5rem; margin: .5rem 0; } h2 { font-size: 1.2rem; margin: 2.2rem 0 .3rem; } h3 { font-size: 1rem; margin: 1.4rem 0 .2rem; }
-p { margin: .3rem 0; color: var(--soft); } svg { width: 100%; min-width: 34rem; height: auto; display: block; }
+p { margin: .3rem 0; color: var(--soft); } svg { width: 100%; height: auto; display: block; }
 .tick, .axis { font-size: 12px; fill: var(--soft); } .grid { stroke: var(--line); }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-size: .92rem; }
 td, th { text-align: left; padding: .25rem .6rem .25rem 0; border-bottom: 1px solid var(--line); overflow-wrap: break-word; }
 td.n { overflow-wrap: anywhere; text-align: right; font-variant-numeric: tabular-nums; }
-@media (max-width: 34rem) { .tick, .axis { font-size: 19px; } }
+@media (max-width: 34rem) { .tick, .axis { font-size: 21px; } }
 .key b { font-weight: normal; white-space: nowrap; margin-right: .8rem; } .key b.long { white-space: normal; }
 .key span { display: inline-block; width: .8rem; height: .8rem; margin-right: .3rem; border-radius: 2px; vertical-align: -1px; }
 .key span.line { height: 2px; background: var(--ink); vertical-align: 4px; }
@@ -80,7 +80,7 @@ def _answers(run: Run) -> dict[tuple[int, int], dict[str, Any]]:
 def heat(error: float) -> str:
     """Colour of an error: the larger, the darker (light page) or brighter (dark page)."""
     level = sum(error > bound for bound in ERROR_STEPS)
-    return f"hsl(var(--heat) {88 - 13 * level}%)"
+    return f"hsl(205 80% calc(var(--heat-least) + {level} * var(--heat-step)))"
 
 
 def _errors(run: Run, steps: list[Any]) -> str:
