@@ -154,6 +154,13 @@ def hostile() -> Iterator[dict[str, Any]]:
 def sharp() -> Iterator[dict[str, Any]]:
     """Errors of the plain version with sharper logits, for places from which the expansion goes on as a straight line."""
     usual = blocks.TILT_LIMIT
+    try:
+        yield from _sharp()
+    finally:
+        blocks.TILT_LIMIT = usual
+
+
+def _sharp() -> Iterator[dict[str, Any]]:
     for size, times in itertools.product((SIZE // 2, SIZE), (1, 3, 10)):
         grid = TokenGrid(1, size // 2, size // 2, 16)
         inputs = [(times * q, k, v) for q, k, v in captured(17, size, STEPS, AT)[:: 5 if size == SIZE else 1]]
@@ -164,7 +171,6 @@ def sharp() -> Iterator[dict[str, Any]]:
                 reference.attend(AttentionCall(q.float(), k.float(), v.float(), q.shape[-1] ** -0.5, grid=grid), 0.1), ref).tolist()]
             yield {"what": "sharp", "provider": "near_far, plain", "tokens": grid.start + grid.tokens, "density": 0.1, "logits_times": times,
                    "limit": None if limit == 1e9 else round(limit, 2), **quantiles(errors)}
-    blocks.TILT_LIMIT = usual
 
 
 def pictures() -> Iterator[dict[str, Any]]:

@@ -1,7 +1,7 @@
 """Whether it helps near_far to have the neighbours of a query block always exact: `python -m benchmarks.neighbours [--size 128] [--out FILE]`.
 
 q, k, v of the demo's trained model (picture 17, steps 2, 8, 14 and 20 of 24, all layers and heads). Each head is computed by the plain
-version with the near blocks that routing chooses at a density, and with as many where the query block's 4 or 8 neighbours in the picture
+version with the near blocks of most mass at a density, and with as many where the query block's 4 or 8 neighbours in the picture
 are among them and the most massive others fill up. A row has the relative L2 errors against exact attention in float64 over all heads,
 the share of exact blocks, and in how many heads the error is lower than without. A number of neighbours that is more than the density
 allows is left out. One JSON line per density and number of neighbours is appended to FILE.
@@ -20,9 +20,9 @@ from torch import Tensor
 
 from benchmarks import record
 from benchmarks.trained import captured
+from taylor_patch.backends import tiles
 from taylor_patch.backends.near_far import reference
 from taylor_patch.backends.near_far.blocks import masses, near_blocks
-from taylor_patch.backends.tiles import tile_shape
 from taylor_patch.call import TokenGrid
 
 PICTURE, STEPS, AT, TEXT = 17, 24, (2, 8, 14, 20), 16
@@ -32,11 +32,13 @@ FORCED = (0, 4, 8)
 
 def adjacent(grid: TokenGrid, count: int) -> Tensor:
     """[blocks, blocks] bool: the tiles of a picture that share an edge (count 4), an edge or a corner (8), or none (0)."""
-    _, height, width = tile_shape(grid)
-    down, across = -(-grid.h // height), -(-grid.w // width)
-    y, x = torch.arange(down * across) // across, torch.arange(down * across) % across
-    dy, dx = (y[:, None] - y).abs(), (x[:, None] - x).abs()
-    return {0: dy < 0, 4: dy + dx == 1, 8: torch.maximum(dy, dx) == 1}[count]
+    around = tiles.adjacent(grid)
+    if count == 8:
+        return around
+    block = torch.arange(len(around))
+    apart = (block[:, None] - block).abs()
+    across = -(-grid.w // tiles.tile_shape(grid)[2])
+    return around & ((apart == 1) | (apart == across)) & (count > 0)
 
 
 def with_neighbours(near: Tensor, mass: Tensor, neighbours: Tensor) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""The backends that are installed, plugins' among them, as a user meets them: `python -m benchmarks.plugins [--model flux ...]`.
+"""The backends that are installed, plugins' among them, as a user meets them: `python -m benchmarks.plugins --commit HASH [--case OPTIONS]`.
 
 bench: the rows of `taylor-patch bench`. attention: each backend once through taylor_patch.attention, on random q, k, v of a smooth picture
 (bf16 on a GPU, 2 heads of 128, 64 x 64 tokens), with its relative L2 error against exact attention in float32, or what it said.
@@ -38,6 +38,8 @@ for name, backend in sorted(engine.engine().router.backends.items()):
         row["rel_l2"] = round(float((out - exact).norm() / exact.norm()), 6)
     except taylor_patch.TaylorPatchError as error:
         row["refused"] = str(error)
+    except Exception as error:
+        row["failed"] = f"{type(error).__name__}: {error}"
     print(json.dumps(row))
 """
 
@@ -66,7 +68,7 @@ def main() -> None:
     """Measure and append."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", action="append", default=[], help='options of taylor-patch bench, as one word: "--model wan --seconds 0.5"')
-    parser.add_argument("--commit", help="recorded where the tree is no git checkout")
+    parser.add_argument("--commit", required=True, help="what the installed packages were built from")
     parser.add_argument("--out", type=Path, default=record.RESULTS / "plugins.jsonl")
     arguments = parser.parse_args()
     common = record.environment(arguments.commit)

@@ -64,7 +64,8 @@ def spread(total: int, count: int, seed: int) -> slice:
 
 def rows_of(call: AttentionCall, samples: int, seed: int) -> slice:
     """The query rows of a call that are sampled: `samples` of them with FULL_HEADS heads or more."""
-    return spread(call.q.shape[2], samples * max(1, FULL_HEADS // (call.q.shape[0] * call.q.shape[1])), seed)
+    heads = call.q.shape[0] * call.q.shape[1]
+    return spread(call.q.shape[2], max(samples, -(-samples * FULL_HEADS // heads)), seed)
 
 
 SPLIT_KEYS = 8192

@@ -220,7 +220,8 @@ def read(answers: Iterable[Answer], checks: Iterable[Check] = ()) -> Reading:
     all_compared = [None if (one := answer.comparison) is None else (next(rest), one.timer) for answer in answers]
     timed, far, said = [], {}, {}
     for answer, figures, observed, against in zip(answers, all_figures, all_observed, all_compared, strict=True):
-        timed.append(partial(_block, answer.backend, answer.block, answer.timer, figures, answer.denominators, answer.exact, observed, against))
+        timed.append(partial(_block, answer.backend, answer.block, answer.timer, figures, answer.denominators,
+                             None if answer.exact is None else answer.exact.milliseconds(), observed, against))
         if observed:
             said[answer.backend, answer.signature, answer.block] = observed
         if (answer.backend, answer.signature) not in bad and figures.get("quality_raw", 0.0) > answer.limit:
@@ -229,9 +230,9 @@ def read(answers: Iterable[Answer], checks: Iterable[Check] = ()) -> Reading:
 
 
 def _block(backend: str, block: int | None, timer: Timer, figures: Mapping[str, float], denominators: Mapping[str, float] | None,
-           exact: ExactTime | None, observed: Mapping[str, float], compared: tuple[float, Timer] | None) -> BlockRecord:
+           exact_milliseconds: float | None, observed: Mapping[str, float], compared: tuple[float, Timer] | None) -> BlockRecord:
     """The record of an answer, with its timers read."""
-    return BlockRecord(backend, block, timer.milliseconds(), figures, denominators, None if exact is None else exact.milliseconds(), observed,
+    return BlockRecord(backend, block, timer.milliseconds(), figures, denominators, exact_milliseconds, observed,
                        None if compared is None else {"error": compared[0], "exact_milliseconds": compared[1].milliseconds()})
 
 

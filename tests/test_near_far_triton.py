@@ -20,7 +20,7 @@ from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 from taylor_patch.backends.base import not_finite  # noqa: E402
-from taylor_patch.backends.near_far import NearFar, NearFarOptions, aim, op, plan, reference  # noqa: E402
+from taylor_patch.backends.near_far import NearFar, NearFarOptions, aim, blocks, op, plan, reference  # noqa: E402
 from taylor_patch.backends.near_far.layout import block_tokens  # noqa: E402
 from taylor_patch.backends.targets import MARGIN  # noqa: E402
 from taylor_patch.backends.tiles import adjacent, grids, tile_index  # noqa: E402
@@ -422,9 +422,23 @@ PROBED = {"image, text first": (None, 0.3, 1, 2, 1, 5, (1, 40, 48), 0, 64, torch
 
 @pytest.mark.parametrize("case", PROBED.values(), ids=PROBED.keys())
 def test_probe_equals_the_plain_version(case):
+    probe_equals_the_plain_version(case)
+
+
+def test_probe_equals_the_plain_version_where_neighbours_are_near(monkeypatch):
+    monkeypatch.setattr(blocks, "FEW_BLOCKS", 20)
+    plan.make.cache_clear()
+    try:
+        probe_equals_the_plain_version((None, 0.38, 1, 1, 1, 5, (1, 56, 50), 0, 64, torch.float32, False), neighbours=True)
+    finally:
+        plan.make.cache_clear()
+
+
+def probe_equals_the_plain_version(case, neighbours=False):
     keys, target, *shape = case
     call = make_call(*shape, keys=keys, sharpness=0.8)
     out, settled, sums, near = aimed(call, target)
+    assert plan_of(call, aimed=True).neighbours == neighbours
     assert torch.allclose(settled.setting, aim.choose(sums, target, plan_of(call).between), rtol=1e-4)
     wide = dataclasses.replace(call, q=call.q.double(), k=call.k.double(), v=call.v.double(), target_error=target)
     _, plain = reference.attend_aimed(wide, None)
@@ -443,8 +457,9 @@ def test_probe_equals_the_plain_version(case):
         assert error(out[b, h], expected) < 1e-5
         share = float(near[number].float().mean())
         # Each query's own block, its best one, the sinks and blocks that the mask hides come on top of the density.
-        density, blocks = float(settled.setting[number, 0]), near[number].shape[1]
-        most = density + 2 / blocks + float((settled.always[number].bool().to(DEVICE) | head.blocks.log_mass.isneginf()).float().mean())
+        density = float(settled.setting[number, 0])
+        kept = settled.always[number].bool().to(DEVICE) | head.blocks.log_mass.isneginf()
+        most = density + 2 / near[number].shape[1] + float(kept.float().mean())
         assert 0.8 * density - 0.02 <= share <= most + 0.03
 
 

@@ -39,7 +39,7 @@ def figures(q, k, v, out, seed):
     """The figures of one call in float64 by numpy. q, k, v: [1, H, N, D]; out: [1, N, H * D]."""
     q, k, v, out = (x[0].double().cpu().numpy() for x in (q, k, v, out))
     heads, tokens, dim = q.shape
-    rows, keys = spread(tokens, SAMPLES * 24 // heads, seed), spread(tokens, SAMPLED_KEYS, seed)
+    rows, keys = spread(tokens, max(SAMPLES, -(-SAMPLES * 24 // heads)), seed), spread(tokens, SAMPLED_KEYS, seed)
     ours = out.reshape(tokens, heads, dim).transpose(1, 0, 2)[:, rows]
     logits = q[:, rows] @ k.transpose(0, 2, 1) / np.sqrt(dim)
     weights = np.exp(logits - logits.max(-1, keepdims=True))

@@ -33,7 +33,8 @@ class NearFarOptions:
     min_tokens: int = option(100, "calls with fewer query tokens are exact", at_least=1)
     min_keys: int = option(2048, "cross-attention to fewer keys is exact", at_least=1)
     density: float | Literal["auto"] = option(
-        "auto", 'share of key blocks that is exact; `"auto"`: what the error asked for takes, found head by head', above=0, at_most=1)
+        "auto", "share of key blocks that is exact, a block's neighbours in large pictures included and kept; "
+        '`"auto"`: what the error asked for takes, found head by head', above=0, at_most=1)
     tail: Literal["cumulant", "zeroth", "none"] = option(
         "cumulant", "the far field: second-order Taylor, block means only, or left out; the latter two need a `density`")
     remember: bool = option(False, "keep on disk what probes have found, and spare later runs some of theirs (ADR 12)")

@@ -63,7 +63,7 @@ class TaylorBackend(Backend):
 
     def workspace_nbytes(self, call: AttentionCall) -> int:
         """See Backend.workspace_nbytes."""
-        compared = error_aimed.workspace_nbytes(call) if self.options.error_aimed else 0
+        compared = error_aimed.workspace_nbytes(call, self.options.sub_head_blocks) if self.options.error_aimed else 0
         return max(compared, *(variant.series_nbytes(call) for variant in self.variants(call)))
 
     def series_nbytes(self, call: AttentionCall) -> int:
@@ -79,13 +79,16 @@ class TaylorBackend(Backend):
                       list(call.k.shape), call.q.dtype, call.step, call.sigma, call.block)
         try:
             self._check_gates(call)
-            chosen = auto_tune.settle(self, call) if self.options.auto_tune else self
-            if self.options.error_aimed:
-                chosen = error_aimed.settle(chosen, call)
+            tuned = auto_tune.settle(self, call) if self.options.auto_tune else self
+            chosen = error_aimed.settle(tuned, call) if self.options.error_aimed else tuned
             self.last_R = feature_count(call.q.shape[-1] // self.options.sub_head_blocks, chosen.options.P)
             chosen.last_probe = chosen.last_denominators = None
             try:
                 return chosen.attend(call)
+            except Fallback as reason:
+                if self.options.error_aimed:
+                    error_aimed.reject(tuned, call, reason)
+                raise
             finally:
                 self.last_probe, self.last_denominators = chosen.last_probe, chosen.last_denominators
         except Fallback as reason:

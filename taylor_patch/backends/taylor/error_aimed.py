@@ -44,9 +44,9 @@ def candidates(backend: AnyTaylor, call: AttentionCall) -> list[AnyTaylor]:
     """
     o = backend.options
     width, keys = call.q.shape[-1] // o.sub_head_blocks, call.k.shape[2]
-    kinds = ("taylor", "hermite") if o.center_keys else ("taylor",)
-    found = [[backend.with_options(error_aimed=False, P=p, coefficients=kind) for kind in kinds] for p in range(2, o.P + 1)
-             if p == 2 or feature_count(width, p) < keys]
+    found = [[backend.with_options(error_aimed=False, P=p, coefficients=kind)
+              for kind in (("taylor", "hermite") if o.center_keys and p > 2 else ("taylor",))]  # with two terms they are the same
+             for p in range(2, o.P + 1) if p == 2 or feature_count(width, p) < keys]
     known = set(found[0][0].reasons_against(call))  # a device that is not theirs, say
     return found[0] + [candidate for some in found[1:] for candidate in some if known.issuperset(candidate.reasons_against(call))]
 
@@ -62,9 +62,16 @@ def settle(backend: AnyTaylor, call: AttentionCall) -> AnyTaylor:
         if place not in call.memo:
             call.memo[place] = _choose(backend, call)
         chosen = call.memo[place]
-    if chosen is None:
-        raise Fallback(f"error_aimed: no P up to {candidates(backend, call)[-1].options.P} meets the error asked for")
+    if isinstance(chosen, str):
+        raise Fallback(chosen)
     return chosen
+
+
+def reject(backend: TaylorBackend, call: AttentionCall, reason: Fallback) -> None:
+    """Have exact attention where the series that settle() gave has failed on rows that were not compared: for as long as it would have held."""
+    place = _place(backend, call)
+    if call.memo is not None and place is not None:
+        call.memo[place] = f"error_aimed: {reason}"
 
 
 def _place(backend: TaylorBackend, call: AttentionCall) -> tuple[Any, ...] | None:
@@ -75,8 +82,8 @@ def _place(backend: TaylorBackend, call: AttentionCall) -> tuple[Any, ...] | Non
             call.block, sigma_bin(call.sigma))
 
 
-def _choose(backend: AnyTaylor, call: AttentionCall) -> AnyTaylor | None:
-    """The backend with the series to use, None where no candidate meets the error. Reads the device once."""
+def _choose(backend: AnyTaylor, call: AttentionCall) -> AnyTaylor | str:
+    """The backend with the series to use, or why none is: no candidate meets the error. Reads the device once."""
     tried = candidates(backend, call)
     found = errors(tried, call).tolist()
     best = min(zip(found, tried, strict=True), key=lambda pair: pair[0])
@@ -86,18 +93,21 @@ def _choose(backend: AnyTaylor, call: AttentionCall) -> AnyTaylor | None:
         error, chosen = min((pair for pair in zip(found, tried, strict=True) if p == pair[1].options.P), key=lambda pair: pair[0])
         if error <= MARGIN * call.target_error:
             return chosen
-    return None
+    return f"error_aimed: no P up to {tried[-1].options.P} meets the error asked for"
 
 
 @torch.no_grad()
 def errors(tried: list[Any], call: AttentionCall) -> Tensor:
     """[candidates] float32 on the device: relative L2 error over the rows of all heads against attention on the unmodified q and k;
-    infinite where more denominators than the options allow are not above eps, or something is not finite."""
+    infinite where more denominators than the options allow are not above eps, or something is not finite.
+
+    Of the series alone, in float32: what features and sums in 16 bits add (some .004 in bfloat16) is not in it; MARGIN covers it for
+    errors from .005 up."""
     o = tried[0].options
     rows = spread(call.q.shape[2], ROWS, 0)
     apart = torch.zeros(len(tried), device=call.q.device)
     bad, size, count = torch.zeros_like(apart), torch.zeros((), device=call.q.device), 0
-    for part in _head_groups(call, rows):
+    for part in _head_groups(call, rows, o.sub_head_blocks):
         logits = part.scale * part.q @ part.k.transpose(-1, -2)
         mask = 0.0 if part.key_mask is None else part.key_mask[:, None, None]
         exact = torch.softmax(logits + mask, -1) @ part.v
@@ -112,11 +122,10 @@ def errors(tried: list[Any], call: AttentionCall) -> Tensor:
     return torch.where(allowed & found.isfinite(), found, torch.inf)
 
 
-def _head_groups(call: AttentionCall, rows: slice) -> Iterator[AttentionCall]:
-    """The rows of a few query heads at a time with all their keys, float32, a key head for every query head."""
-    batch, heads, _, head_dim = call.q.shape
-    keys = call.k.shape[2]
-    most = max(1, WORKSPACE // (4 * batch * keys * (2 * head_dim + 4 * ROWS)))
+def _head_groups(call: AttentionCall, rows: slice, blocks: int) -> Iterator[AttentionCall]:
+    """The rows of a few query heads at a time with all their keys, float32, a key head for every query head. blocks: sub_head_blocks."""
+    heads = call.q.shape[1]
+    most = max(1, WORKSPACE // _head_nbytes(call, blocks))
     group = heads // call.k.shape[1]
     for first in range(0, heads, most):
         wanted = slice(first, min(first + most, heads))
@@ -125,7 +134,13 @@ def _head_groups(call: AttentionCall, rows: slice) -> Iterator[AttentionCall]:
         yield dataclasses.replace(call, q=call.q[:, wanted, rows].float(), k=k, v=v)
 
 
-def workspace_nbytes(call: AttentionCall) -> int:
-    """Bytes that the comparison takes."""
-    one = 4 * call.q.shape[0] * call.k.shape[2] * (2 * call.q.shape[-1] + 4 * ROWS)
-    return max(one, min(WORKSPACE, call.q.shape[1] * one))
+def _head_nbytes(call: AttentionCall, blocks: int) -> int:
+    """Bytes that the comparison of one head takes: k and v, k as the options change it and centred; the logits and their softmax, and of
+    each sub-head five arrays of the polynomial."""
+    return 4 * call.q.shape[0] * call.k.shape[2] * (4 * call.q.shape[-1] + ROWS * (1 + 5 * blocks))
+
+
+def workspace_nbytes(call: AttentionCall, blocks: int) -> int:
+    """Bytes that the comparison takes, at most. blocks: sub_head_blocks."""
+    one = _head_nbytes(call, blocks)
+    return one * min(call.q.shape[1], max(1, WORKSPACE // one))
