@@ -2,4 +2,4 @@
 
 from taylor_patch.cli import main
 
-main()
+main(prog_name="taylor-patch")

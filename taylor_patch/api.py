@@ -85,7 +85,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto", mask: T
     call = _call(q, k, v, mask, scale, grid, text, quality)
     choice = _choose(call, backend, options)
     if choice.backend is None and backend not in ("auto", "sdpa"):
-        raise BackendRefused(f"{_shown(backend, call)}: {'; '.join(choice.reasons)}. Use backend=\"sdpa\" for exact attention.")
+        hint = " Pass grid=(t, h, w)." if any("grid" in reason for reason in choice.reasons) and grid is None else ""
+        raise BackendRefused(f"{_shown(backend, call)}: {'; '.join(choice.reasons)}.{hint} Use backend=\"sdpa\" for exact attention.")
     exact = engines.engine().router.backends["sdpa"]
     chosen = choice.backend or exact
     try:

@@ -134,7 +134,9 @@ def from_heads_first(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = N
                      grid: TokenGrid | None = None, key_grid: TokenGrid | None = None,
                      target_error: float = QUALITIES[DEFAULT]) -> AttentionCall:
     """AttentionCall of q [B, H, N_q, D] and k, v [B, H_kv, N_kv, D]. Raises Unsupported with the reason."""
-    if any(x.dim() != 4 for x in (q, k, v)) or k.shape[:3] != v.shape[:3] or k.shape[-1] != q.shape[-1] or k.shape[0] != q.shape[0]:
+    if any(x.dim() != 4 for x in (q, k, v)):
+        raise Unsupported(f"q, k and v have {q.dim()}, {k.dim()} and {v.dim()} dimensions; each needs 4, [B, H, N, D]")
+    if k.shape[:3] != v.shape[:3] or k.shape[-1] != q.shape[-1] or k.shape[0] != q.shape[0]:
         raise Unsupported("q, k and v do not fit together")
     if v.shape[-1] != q.shape[-1]:
         raise Unsupported("head_dim of v differs from that of q")

@@ -15,6 +15,8 @@ from taylor_patch import engine as engines
 from taylor_patch.backends.base import Backend
 from taylor_patch.backends.near_far import NearFar, NearFarOptions
 from taylor_patch.backends.sdpa import Sdpa
+from taylor_patch.backends.taylor.options import TaylorOptions
+from taylor_patch.backends.taylor.plain import TaylorTorch
 from taylor_patch.bench import measure, shapes
 from taylor_patch.call import TokenGrid
 from taylor_patch.cli import main
@@ -169,3 +171,17 @@ def test_a_slow_backend_is_called_a_few_times_only(each, seconds, calls):
     made = []
     found = measure.milliseconds(lambda: made.append(time.sleep(each)), torch.device("cpu"), seconds)
     assert len(made) in calls and found >= 1000 * each
+
+
+def test_series_with_as_many_features_as_keys_are_not_timed_unless_they_are_named():
+    call = measure.shaped_call(2, 32, TokenGrid(1, 16, 16), CPU, torch.float32, 0.03)
+    backend = TaylorTorch(TaylorOptions(P=4, min_tokens=1))
+    left_out, timed = (measure.compare([backend], call, 0.01, with_errors=False, all_of_them=named)[1] for named in (False, True))
+    assert left_out.milliseconds is None and left_out.note.startswith("P 4 has 6,545 features for 256 keys: not timed")
+    assert timed.milliseconds is not None
+    assert measure.hopeless(TaylorTorch(TaylorOptions(P=2)), 32, 256) is None and measure.hopeless(Sdpa(), 32, 256) is None
+
+
+def test_calibrate_takes_no_size():
+    done = CliRunner().invoke(main, ["bench", "--calibrate", "--size", "512x512", "--device", "cpu"])
+    assert done.exit_code == 2 and "--calibrate times lengths of its own. Leave out --size and --frames." in done.output

@@ -237,6 +237,14 @@ def test_run_switches_on_and_passes_arguments(tmp_path, words):
     assert (done.returncode, done.stdout) == (7, f"['--listen', 'x'] 1 True __main__ {int('utf8' in words)}\n"), done.stderr
 
 
+@pytest.mark.parametrize("interpreter", [[], [sys.executable]], ids=["script", "python"])
+def test_run_leaves_it_off_where_the_variable_says_so(tmp_path, monkeypatch, interpreter):
+    monkeypatch.setenv("TAYLOR_PATCH", "0")
+    (tmp_path / "script.py").write_text("import os, taylor_patch.startup as s\nprint(os.environ['TAYLOR_PATCH'], s.registered)\n")
+    done = launched(*interpreter, str(tmp_path / "script.py"))
+    assert (done.returncode, done.stdout) == (0, "0 False\n"), done.stderr
+
+
 def test_run_lends_another_interpreter_ours_and_nothing_else(tmp_path):
     """An interpreter without packages: ours can be imported, others of this environment cannot, and its own library is not shadowed."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "other"], check=True)

@@ -79,7 +79,7 @@ def test_what_is_chosen_meets_the_error_with_the_fewest_features(target, seed):
         try:
             out = tuned.run(call)
         except Fallback as reason:
-            assert str(reason) == "error_aimed: no P up to 3 meets the error asked for"
+            assert str(reason) == "error_aimed: no P up to 3 meets the error asked for (P 4 has no fewer features than the 900 keys)"
             chosen.add(None)
             continue
         terms = error_aimed.settle(tuned, call).options.P
@@ -243,7 +243,8 @@ def test_in_a_run_each_block_has_its_own_series(comfy, configure):
 
     comfy.sample(model, sigmas=(2.0, 1.0, 0.0))
     assert last().calls == {"taylor_torch": 2, "exact": 2}
-    assert list(last().fallbacks) == ["taylor_torch: error_aimed: no P up to 3 meets the error asked for"]
+    reason = "no P up to 3 meets the error asked for (P 4 has no fewer features than the 264 keys)"
+    assert list(last().fallbacks) == [f"taylor_torch: error_aimed: {reason}"]
 
 
 def test_public_function():

@@ -16,10 +16,12 @@ from torch import Tensor
 
 from taylor_patch.backends.base import Backend, Fallback, as_reasons
 from taylor_patch.backends.sdpa import Sdpa
+from taylor_patch.backends.taylor.base import TaylorBackend
 from taylor_patch.call import AttentionCall, TokenGrid
 from taylor_patch.demo import model as demo_model
 from taylor_patch.engine import check_form
 from taylor_patch.errors import said
+from taylor_patch.features.symmetric import feature_count
 from taylor_patch.guard import exact_rows, relative_error, spread
 
 LADDER = (1024, 2048, 4096, 8192, 12288, 16384, 24576, 32768, 65536)
@@ -146,9 +148,19 @@ def errors_of_rows(out: Tensor, call: AttentionCall) -> tuple[float, float]:
     return float(found.quantile(0.5)), float(found.quantile(0.9))
 
 
+def hopeless(backend: Backend, head_dim: int, keys: int) -> str | None:
+    """Why timing the backend is a waste of minutes: a global series with as many features as there are keys does more than exact
+    attention. None for any other."""
+    if not isinstance(backend, TaylorBackend) or backend.options.error_aimed or head_dim % backend.options.sub_head_blocks:
+        return None
+    count = feature_count(head_dim // backend.options.sub_head_blocks, backend.options.P)
+    return f"P {backend.options.P} has {count:,} features for {keys:,} keys: not timed, since it cannot be faster" if count >= keys else None
+
+
 def compare(backends: list[Backend], call: AttentionCall, seconds: float, with_errors: bool = True,
-            progress: Callable[[str], None] = lambda name: None) -> list[Row]:
-    """A row for exact attention and one for each backend, in one run on one device. progress: told each name before its work."""
+            progress: Callable[[str], None] = lambda name: None, all_of_them: bool = True) -> list[Row]:
+    """A row for exact attention and one for each backend, in one run on one device. progress: told each name before its work.
+    all_of_them: those that are hopeless, too."""
     device = call.q.device
     progress("sdpa")
     exact = next((backend for backend in backends if backend.name == "sdpa"), Sdpa())
@@ -159,6 +171,9 @@ def compare(backends: list[Backend], call: AttentionCall, seconds: float, with_e
     rows = [Row("sdpa", reference, 1.0, peak, median, p90)]
     for backend in backends:
         if backend.name == "sdpa":
+            continue
+        if not all_of_them and (reason := hopeless(backend, call.q.shape[3], call.k.shape[2])):
+            rows.append(Row(backend.name, note=f"{reason} (--backend {backend.name} does)"))
             continue
         progress(backend.name)
         try:
@@ -203,7 +218,8 @@ def crossovers(backends: list[Backend], heads: int, head_dim: int, device: torch
     """
     calls = list(trained_calls(device, dtype, target_error))
     faster: dict[str, int | None] = {backend.name: None for backend in backends if backend.name != "sdpa"}
-    backends = [backend for backend in backends if backend.name != "sdpa" and _is_accurate(backend, calls, target_error)]
+    backends = [backend for backend in backends if backend.name != "sdpa" and hopeless(backend, head_dim, LADDER[-1]) is None
+                and _is_accurate(backend, calls, target_error)]
     for tokens in LADDER:
         side = round(tokens**0.5 / 8) * 8
         call = shaped_call(heads, head_dim, TokenGrid(1, side, tokens // side), device, dtype, target_error)

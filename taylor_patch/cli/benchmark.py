@@ -25,7 +25,7 @@ def _size(context: click.Context, parameter: click.Parameter, value: str | None)
 @click.option("--backend", "names", multiple=True, help="Only this backend beside exact attention; may be repeated.")
 @click.option("--quality", help='"lossless", "balanced", "fast" or a relative L2 error. [default: the configuration\'s]')
 @click.option("--device", "device_name", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]))
-@click.option("--seconds", default=1.0, show_default=True, help="Time to spend on each figure.")
+@click.option("--seconds", default=1.0, show_default=True, help="Time to spend on each figure; a call is never cut short.")
 @click.option("--calibrate", is_flag=True, help="Find from how many tokens each backend is faster here, and keep it for backend = \"auto\".")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def bench(model: str, size: tuple[int, int] | None, frames: int | None, names: tuple[str, ...], quality: str | None, device_name: str,
@@ -55,18 +55,23 @@ def bench(model: str, size: tuple[int, int] | None, frames: int | None, names: t
     target = configuration.quality_value(_number(quality) if quality is not None else engine().config.settings.quality)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     if calibrate:
+        if size is not None or frames is not None:
+            raise click.UsageError("--calibrate times lengths of its own. Leave out --size and --frames.")
+        click.echo("looking at the errors on the trained model's calls", err=True)
         found = measure.crossovers(backends, CROSSOVER_HEADS, family.head_dim, device, dtype, target, seconds,
                                    lambda tokens: click.echo(f"timed {tokens} tokens", err=True))
         file = calibration.store(device, found)
         if as_json:
             click.echo(json.dumps({"device": calibration.device_name(device), "crossovers": found}, indent=2))
         for name, tokens in () if as_json else found.items():
-            click.echo(f"{name}: " + (f"faster from {tokens} tokens" if tokens else "not faster at any length timed"))
+            click.echo(f"{name}: " + (f"faster from {tokens} tokens" if tokens else
+                                      "not faster at any length timed, or not accurate enough, or it cannot run here"))
         click.echo(f'Kept in {file}; backend = "auto" uses it from the next start.', err=True)
         return
     grid = shapes.grid(family, size or family.default_size, frames or family.default_frames)
     rows = measure.compare(backends, measure.shaped_call(family.heads, family.head_dim, grid, device, dtype, target), seconds,
-                           progress=lambda name: click.echo(f"timing {name} at {grid.tokens + grid.start:,} tokens", err=True))
+                           progress=lambda name: click.echo(f"timing {name} at {grid.tokens + grid.start:,} tokens", err=True),
+                           all_of_them=bool(names))
     if as_json:
         click.echo(json.dumps({"model": model, "tokens": grid.tokens + grid.start, "device": calibration.device_name(device),
                                "rows": [dataclasses.asdict(row) for row in rows]}, indent=2))

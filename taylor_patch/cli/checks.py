@@ -66,7 +66,8 @@ def _never(router: Router, device: torch.device) -> str | None:
 def _switch() -> Finding:
     value = os.environ.get("TAYLOR_PATCH", "")
     if not asked_for(value):
-        return "note", f'TAYLOR_PATCH is {value or "not set"}: off. Set TAYLOR_PATCH=1 to turn it on.'
+        return "note", (f'TAYLOR_PATCH is {value or "not set"}: off, unless ComfyUI is started where it is set. '
+                        "Set TAYLOR_PATCH=1 to turn it on.")
     return "ok", f"TAYLOR_PATCH={value}: on"
 
 
@@ -119,7 +120,8 @@ def _comfyui(folder: Path) -> list[Finding]:
     seen = json.loads(done.stdout.strip().splitlines()[-1])
     if seen["failure"]:
         found.append(("problem", f"start-up failed: {seen['failure']}"))
-    found += [("ok", f"{target} is patched") if state == "ok" else ("problem", f"{target} is not patched: {state}")
+    patched = "is patched" if asked_for(os.environ.get("TAYLOR_PATCH", "")) else "would be patched"
+    found += [("ok", f"{target} {patched}") if state == "ok" else ("problem", f"{target} is not patched: {state}")
               for target, state in seen["hooks"].items()]
     found += [("ok" if "taylor_patch" in sentence else "problem", f"others patched this too, outermost first: {sentence}")
               for sentence in seen["others"]]

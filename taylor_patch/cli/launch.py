@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from taylor_patch import _startup, asked_for
+from taylor_patch import _startup
 from taylor_patch.errors import TaylorPatchError
 
 INTERPRETER = re.compile(r"(python|pythonw|pypy|py|pyw)[\d.]*t?(\.exe)?", re.IGNORECASE)
@@ -57,7 +57,7 @@ def prepared(command: Sequence[str]) -> Callable[[], None]:
 
 
 def _switch_on() -> None:
-    if not asked_for(os.environ.get("TAYLOR_PATCH", "")):
+    if not os.environ.get("TAYLOR_PATCH", "").strip():  # 0 or off stays off, as the log's line says
         os.environ["TAYLOR_PATCH"] = "1"
 
 

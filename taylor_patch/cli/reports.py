@@ -19,8 +19,11 @@ def report(file: Path, html: Path | None, png: Path | None) -> None:
 
     FILE is what log_file in taylor_patch.toml names. Without --html and --png the report is written to taylor_patch_report.html.
     """
+    from taylor_patch.cli import needs
     from taylor_patch.report import page, runs
 
+    if png is not None:
+        needs.packages("--png", "report", "matplotlib")
     found = runs.load(file)
     if html is None and png is None:
         html = Path("taylor_patch_report.html")

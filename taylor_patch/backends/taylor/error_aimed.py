@@ -93,7 +93,9 @@ def _choose(backend: AnyTaylor, call: AttentionCall) -> AnyTaylor | str:
         error, chosen = min((pair for pair in zip(found, tried, strict=True) if p == pair[1].options.P), key=lambda pair: pair[0])
         if error <= MARGIN * call.target_error:
             return chosen
-    return f"error_aimed: no P up to {tried[-1].options.P} meets the error asked for"
+    most = tried[-1].options.P
+    more = f" (P {most + 1} has no fewer features than the {call.k.shape[2]} keys)" if most < backend.options.P else ""
+    return f"error_aimed: no P up to {most} meets the error asked for{more}"
 
 
 @torch.no_grad()
