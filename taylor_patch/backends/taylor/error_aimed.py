@@ -1,8 +1,8 @@
 """error_aimed: the cheapest series of a global Taylor backend that meets the error asked for, block by block.
 
-Candidates are the P from 2 up to the configured one, each with Taylor and, where keys are centred, with Hermite coefficients. They are
-compared with exact attention on ROWS query rows of every head, against all keys, once for each block of the model and sigma bin of a
-run. What meets MARGIN times the error with the fewest features is used there; where nothing does, the call is exact.
+Candidates are the P from 2 up to the configured one, each with Taylor and, from 3 on and where keys are centred, with Hermite
+coefficients (with two terms these are the same). They are compared with exact attention on ROWS query rows of every head, against all
+keys, once for each block of the model and sigma bin of a run. What meets MARGIN times the error with the fewest features is used there; where nothing does, the call is exact.
 The comparison is read from the device at once: these backends read their denominators in every call anyway (ADR 15).
 """
 
@@ -45,7 +45,7 @@ def candidates(backend: AnyTaylor, call: AttentionCall) -> list[AnyTaylor]:
     o = backend.options
     width, keys = call.q.shape[-1] // o.sub_head_blocks, call.k.shape[2]
     found = [[backend.with_options(error_aimed=False, P=p, coefficients=kind)
-              for kind in (("taylor", "hermite") if o.center_keys and p > 2 else ("taylor",))]  # with two terms they are the same
+              for kind in (("taylor", "hermite") if o.center_keys and p > 2 else ("taylor",))]
              for p in range(2, o.P + 1) if p == 2 or feature_count(width, p) < keys]
     known = set(found[0][0].reasons_against(call))  # a device that is not theirs, say
     return found[0] + [candidate for some in found[1:] for candidate in some if known.issuperset(candidate.reasons_against(call))]
