@@ -2,7 +2,8 @@
 
 Candidates are the P from 2 up to the configured one, each with Taylor and, from 3 on and where keys are centred, with Hermite
 coefficients (with two terms these are the same). They are compared with exact attention on ROWS query rows of every head, against all
-keys, once for each block of the model and sigma bin of a run. What meets MARGIN times the error with the fewest features is used there; where nothing does, the call is exact.
+keys, once for each block of the model and sigma bin of a run. What meets MARGIN times the error with the fewest
+features is used there; where nothing does, the call is exact.
 The comparison is read from the device at once: these backends read their denominators in every call anyway (ADR 15).
 """
 
